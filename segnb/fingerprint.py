@@ -133,7 +133,8 @@ def _measure(case, dataset, collect):
 
 def _few(dataset, limit=32e6):
     "Tell whether the training images are so small, in bytes on disk, that starting processes would cost more than it saves"
-    return sum(Path(f).stat().st_size for case in dataset.cases for f in dataset.image_files(case)) < limit
+    files = (Path(f) for case in dataset.cases for f in dataset.image_files(case))
+    return sum(f.stat().st_size for f in files if f.exists()) < limit
 
 # %% ../nbs/21_fingerprint.ipynb #68ef78c8
 def extract_fingerprint(
