@@ -170,18 +170,32 @@ def warp_image(
     "Resample an image along a linear map with cubic splines, 0 outside"
     return ndimage.affine_transform(image, matrix, _offset(image.shape, matrix, out_shape), tuple(out_shape), np.float32, order=3, mode='constant')
 
+# %% ../nbs/41_augmentation.ipynb #720006e9
+def _reach(box, matrix, offset, out_shape):
+    "Slices of the output that a box of the input, and one voxel around it, can reach"
+    sides = np.array([(c.start - 1, c.stop) for c in box])
+    corners = np.stack(np.meshgrid(*sides, indexing='ij'), -1).reshape(-1, len(sides))
+    reached = np.linalg.solve(matrix, (corners - offset).T)
+    low = np.clip(np.floor(reached.min(1)).astype(int), 0, out_shape)
+    return tuple(slice(a, b) for a, b in zip(low, np.clip(np.ceil(reached.max(1)).astype(int) + 1, low, out_shape)))
+
+# %% ../nbs/41_augmentation.ipynb #adc65b96
 def warp_labels(
     labels,          # 2D or 3D array of whole numbers
     matrix,          # Maps output offsets from the centre to input offsets
     out_shape:tuple, # Shape of the result
 )->np.ndarray:       # float32; 0 outside and where no label reaches one half
-    "Resample labels one by one linearly and keep each where it reaches one half"
+    "Resample labels one by one linearly and keep each where it reaches one half; the larger wins ties"
     labels, offset = labels.astype(np.int16), _offset(labels.shape, matrix, out_shape)
-    low, out = int(labels.min()), np.zeros(out_shape, np.float32)
-    for label in np.flatnonzero(np.bincount(labels.ravel() - low)) + low:
-        if label == 0 and low == 0: continue # the result starts as 0
-        share = ndimage.affine_transform((labels == label).view(np.uint8), matrix, offset, tuple(out_shape), np.float64, order=1, mode='constant')
-        out[share >= 0.5] = label
+    low, out, ties = min(0, int(labels.min())), np.zeros(out_shape, np.float32), False
+    for label, box in enumerate(ndimage.find_objects(labels - low + 1), low):
+        if box is None or label == 0 and not ties: continue # the result starts as 0; it wins over -1 only on ties
+        part = _reach(box, matrix, offset, out_shape)
+        start, shape = zip(*((c.start, c.stop - c.start) for c in part))
+        if 0 in shape: continue
+        share = ndimage.affine_transform((labels == label).view(np.uint8), matrix, offset + matrix @ start, shape, np.float64, order=1, mode='constant')
+        out[part][share >= 0.5] = label
+        ties = ties or (share == 0.5).any()
     return out
 
 # %% ../nbs/41_augmentation.ipynb #d4027f22
