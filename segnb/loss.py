@@ -25,14 +25,15 @@ def check_target(
     "Turn the target into integers; raises `LossError` for another shape and, on the CPU, for a label outside 0..K-1"
     expected = (logits.shape[0], 1, *logits.shape[2:])
     if tuple(target.shape) != expected:
-        raise LossError(f'target has shape {tuple(target.shape)}; logits {tuple(logits.shape)} need {expected}')
+        raise LossError('target and logits do not fit', found=f'target {tuple(target.shape)}',
+                        expected=f'{expected} for logits {tuple(logits.shape)}')
     target = target.long()
     if target.device.type == 'cpu': # on a GPU looking would mean waiting; there the cross-entropy kernel objects
         low, high = target.aminmax()
         if low < 0 or high >= logits.shape[1]:
             bad = int(low) if low < 0 else int(high)
-            raise LossError(f'target holds label {bad}; {logits.shape[1]} outputs allow 0..{logits.shape[1] - 1}: '
-                            f'check the label map against dataset.json')
+            raise LossError('the target holds a label that the network has no output for', found=bad,
+                            expected=f'0 to {logits.shape[1] - 1}', fix='check the label map against dataset.json')
     return target
 
 # %% ../nbs/51_loss.ipynb #5d124ac6
@@ -101,13 +102,14 @@ class DeepSupervisionLoss(nn.Module):
     ):
         super().__init__()
         self.loss, self.weights = loss, tuple(float(w) for w in weights)
-        if not any(self.weights): raise LossError(f'all weights are zero: {self.weights}; nothing would be learned')
+        if not any(self.weights): raise LossError('nothing would be learned', found=f'weights {self.weights}', expected='one above zero')
 
     def forward(self, outputs, targets): # Lists of (B, K, ...) and (B, 1, ...), full resolution first -> scalar
         if not isinstance(outputs, (list, tuple)) or not isinstance(targets, (list, tuple)):
-            raise LossError('outputs and targets must be lists, one entry per resolution; '
-                            'is deep_supervision of the network switched off?')
+            raise LossError('outputs and targets must be lists, one entry per resolution',
+                            found=f'{type(outputs).__name__} and {type(targets).__name__}',
+                            fix='switch deep_supervision of the network on, or use the inner loss')
         if not len(outputs) == len(targets) == len(self.weights):
-            raise LossError(f'{len(outputs)} outputs, {len(targets)} targets and {len(self.weights)} weights; '
-                            f'expected the same number of each')
+            raise LossError('the lists differ in length', found=f'{len(outputs)} outputs, {len(targets)} targets, '
+                            f'{len(self.weights)} weights', expected='one of each per resolution')
         return sum(w * self.loss(o, t) for o, t, w in zip(outputs, targets, self.weights) if w)

@@ -126,7 +126,7 @@ def evaluate_folder(
     *,
     cases=None,     # Names of the cases to score; None: all, and then both folders must hold the same
     n_workers=None, # Processes; 0: this one; None: the machine decides
-    progress=False, # Show a progress bar
+    progress=True,  # A bar on a terminal; False: none
 )->dict:            # {'cases', 'mean', 'foreground_mean', 'labels', 'convention'}
     "Score every predicted label map of a folder; raises `MetricsError` naming the case that cannot be scored"
     names = getattr(labels, 'names', labels)

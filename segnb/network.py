@@ -63,18 +63,17 @@ def check_configuration(
     "Raise a `NetworkError` when strides and kernels do not describe a 3D U-Net"
     pools, kernels = configuration.pool_op_kernel_sizes, configuration.conv_kernel_sizes
     if len(pools) < 1:
-        raise NetworkError('pool_op_kernel_sizes is empty; a U-Net needs at least one pooling: '
-                           'plan with a larger patch')
+        raise NetworkError('pool_op_kernel_sizes is empty', expected='at least one pooling', fix='plan with a larger patch')
     if len(kernels) != len(pools) + 1:
-        raise NetworkError(f'conv_kernel_sizes has {len(kernels)} entries for {len(pools)} poolings; '
-                           f'expected {len(pools) + 1}, one per level')
+        raise NetworkError('conv_kernel_sizes does not fit pool_op_kernel_sizes', found=f'{len(kernels)} kernels for '
+                           f'{len(pools)} poolings', expected=f'{len(pools) + 1} kernels, one per level')
     for key, sizes in (('pool_op_kernel_sizes', pools), ('conv_kernel_sizes', kernels)):
         for entry in sizes:
             if len(entry) != 3 or any(int(k) != k or k < 1 for k in entry):
-                raise NetworkError(f'{key} holds {list(entry)}; expected three whole numbers (z, y, x) from 1 up')
+                raise NetworkError(f'{key} is malformed', found=list(entry), expected='three whole numbers (z, y, x) from 1 up')
     for entry in kernels:
         if any(k % 2 == 0 for k in entry):
-            raise NetworkError(f'conv_kernel_sizes holds {list(entry)}; only odd sizes keep the shape')
+            raise NetworkError('conv_kernel_sizes holds an even size', found=list(entry), expected='odd sizes, which keep the shape')
 
 # %% ../nbs/50_network.ipynb #65ba5265
 class UNet(nn.Module):
@@ -117,10 +116,10 @@ class UNet(nn.Module):
     def check_input(self, x):
         "Raise a `NetworkError` when the batch has other channels, or a size the strides do not divide"
         if x.ndim != 5 or x.shape[1] != self.in_channels:
-            raise NetworkError(f'input has shape {tuple(x.shape)}; expected (B, {self.in_channels}, Z, Y, X)')
+            raise NetworkError('input of the wrong shape', found=tuple(x.shape), expected=f'(B, {self.in_channels}, Z, Y, X)')
         if any(size % d for size, d in zip(x.shape[2:], self.divisor)):
-            raise NetworkError(f'patch {tuple(x.shape[2:])} is not divisible by {self.divisor}, the product of '
-                               f'the strides; pad it or use the patch size of the plan')
+            raise NetworkError('the strides do not divide the patch', found=tuple(x.shape[2:]), expected=f'multiples of '
+                               f'{self.divisor}', fix='pad it, or use the patch size of the plan')
 
 # %% ../nbs/50_network.ipynb #de8cb226
 def initialize(
