@@ -2,9 +2,9 @@
 
 Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md.
 Usage, from the project root: python tests/record/50_network.py
-Writes tests/recorded/50_network.npz: per network `<name>/w/<tensor>` (weights, norms and biases moved off their
-initial values), `<name>/x`, `<name>/y<i>` (logits, full resolution first), `<name>/grad_x` (gradient of the sum over
-outputs of the mean squared logit). tests/recorded/50_network.json: the networks' settings, and for plans of real
+Writes tests/recorded/50_network.npz: per network `<name>/x`, `<name>/y<i>` (logits, full resolution first),
+`<name>/grad_x` (gradient of the sum over outputs of the mean squared logit). tests/recorded/50_network.json: the
+networks' settings and the shapes of their weights, which are drawn from the seed (`draw_weights`); for plans of real
 data sets the parameter count, the tensor shapes and the spread of the initial weights.
 """
 import contextlib, json, os, platform, tempfile
@@ -43,23 +43,27 @@ def generic_unet(channels, outputs, base, cap, strides, kernels):
                         lambda x: x, InitWeights_He(1e-2), strides, kernels, False, True, True, max_num_features=cap)
 
 
+def draw_weights(shapes):
+    "Weights for every tensor, in the order of `shapes`: whoever knows the seed and the shapes can draw them again"
+    rng = np.random.default_rng(SEED)
+    return {k: rng.normal(0, .3, shape).astype(np.float32) for k, shape in shapes.items()}
+
+
 def main():
     with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null): import nnunet  # noqa: F401
     torch.manual_seed(SEED)
     arrays, small, plans = {}, {}, {}
     for name, (channels, outputs, base, cap, strides, kernels, shape) in SMALL.items():
         net = generic_unet(channels, outputs, base, cap, strides, kernels)
-        with torch.no_grad():
-            for p in net.parameters():
-                if p.ndim == 1: p.add_(.3 * torch.randn_like(p))
+        weights = draw_weights({k: v.shape for k, v in net.state_dict().items()})
+        net.load_state_dict({k: torch.from_numpy(v) for k, v in weights.items()})
         x = torch.randn(shape[0], channels, *shape[1:], requires_grad=True)
         ys = net(x)
         sum((y**2).mean() for y in ys).backward()
-        arrays |= {f'{name}/w/{k}': v.numpy() for k, v in net.state_dict().items()}
         arrays |= {f'{name}/y{i}': y.detach().numpy() for i, y in enumerate(ys)}
         arrays |= {f'{name}/x': x.detach().numpy(), f'{name}/grad_x': x.grad.numpy()}
         small[name] = dict(in_channels=channels, n_outputs=outputs, base_num_features=base, max_num_features=cap, pool_op_kernel_sizes=strides,
-                           conv_kernel_sizes=kernels, parameters=sum(p.numel() for p in net.parameters()))
+                           conv_kernel_sizes=kernels, parameters=sum(p.numel() for p in net.parameters()), weights={k: list(v.shape) for k, v in weights.items()})
     for name, (channels, outputs, strides, kernels) in PLANS.items():
         net = generic_unet(channels, outputs, 32, 320, strides, kernels)
         tensors = {k: dict(shape=list(v.shape), sd=float(v.std())) if v.ndim > 1 else dict(shape=list(v.shape), values=sorted(set(v.tolist())))
