@@ -7,7 +7,7 @@ __all__ = ['PICTURES', 'SPACING_2D', 'PAIRS', 'SegnbError', 'ImageError', 'Geome
            'read_label_map', 'write_image', 'write_label_map']
 
 # %% ../nbs/10_image.ipynb #2db4fd24
-import contextlib, os, struct, uuid, zlib
+import contextlib, gzip, os, re, struct, uuid, zlib
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -45,6 +45,8 @@ class Geometry:
     def __post_init__(self):
         for name, kind in (('spacing', float), ('origin', float), ('direction', float), ('shape', int)):
             object.__setattr__(self, name, tuple(kind(v) for v in getattr(self, name)))
+        if [len(v) for v in (self.spacing, self.origin, self.direction, self.shape)] != [3, 3, 9, 3] or not min(self.spacing) > 0:
+            raise ImageError('not a geometry', found=self, expected='3 spacings above 0, 3 numbers of origin, 9 of direction, 3 sizes')
 
     def to_world(self,
         index,  # (z, y, x) voxel index; fractions allowed
@@ -63,7 +65,7 @@ class Geometry:
         cosines = np.abs(np.subtract(self.direction, other.direction)).reshape(3, 3).max(0)[::-1]
         for name, unit, apart in (
             ('spacing', ' mm', np.abs(np.subtract(self.spacing, mm)) * n / mm),
-            ('origin', ' mm', np.abs(np.subtract(self.origin, other.origin)).max() / mm[mm < 999]),
+            ('origin', ' mm', np.abs(np.subtract(self.origin, other.origin)).max() / mm.min()),
             ('direction', '', cosines * n)):
             if not np.max(apart) <= tolerance:
                 out.append(f'{name} {getattr(self, name)}{unit} instead of {getattr(other, name)}{unit}, '
@@ -122,56 +124,53 @@ def _gzip_length(file):
             while chunk:
                 total += len(unpack.decompress(chunk))
                 chunk = unpack.unused_data
-                if unpack.eof and (chunk := chunk.lstrip(b'\0')): unpack = zlib.decompressobj(31)
+                if unpack.eof and (chunk := chunk.lstrip(b'\0')): unpack = zlib.decompressobj(31)  # a gzip file may have several members
     if not unpack.eof: raise zlib.error('the compressed stream ends too early')
     return total
 
-def _nifti_length(file):
-    "Read from a NIfTI header how many bytes the whole (unpacked) file must have"
-    unpack = zlib.decompressobj(31).decompress if str(file).endswith('.gz') else bytes
-    with open(file, 'rb') as f: head = unpack(f.read(4096))
+def _nifti_lengths(file):
+    "Find how many bytes a NIfTI file has, unpacked, and how many its header asks for"
+    with open(file, 'rb') as f: head = f.read(4096)
+    packed = head[:2] == b'\x1f\x8b'
+    has = _gzip_length(file) if packed else file.stat().st_size
+    if packed: head = zlib.decompressobj(31).decompress(head)
     end = '<' if head[:4] in (b'\x5c\1\0\0', b'\x1c\2\0\0') else '>'
-    if struct.unpack(end + 'i', head[:4])[0] == 348:
-        dim, (bits,), (start,) = struct.unpack(end + '8h', head[40:56]), struct.unpack(end + 'h', head[72:74]), struct.unpack(end + 'f', head[108:112])
-    else:
-        dim, (bits,), (start,) = struct.unpack(end + '8q', head[16:80]), struct.unpack(end + 'h', head[14:16]), struct.unpack(end + 'q', head[168:176])
-    return int(start) + int(np.prod([max(n, 1) for n in dim[1:dim[0] + 1]], dtype=np.int64)) * bits // 8
+    if struct.unpack_from(end + 'i', head)[0] == 540: dim, bits, start = [struct.unpack_from(end + k, head, at) for k, at in (('8q', 16), ('h', 14), ('q', 168))]
+    else: dim, bits, start = [struct.unpack_from(end + k, head, at) for k, at in (('8h', 40), ('h', 72), ('f', 108))]
+    voxels = np.prod([max(n, 1) for n in dim[1:dim[0] + 1]], dtype=np.int64)
+    return has, int(start[0]) + int(voxels) * bits[0] // 8
 
 # %% ../nbs/10_image.ipynb #700051ab
-def _tiff_length(file):
-    "Follow a TIFF's directories to the last byte that they name"
-    b = Path(file).read_bytes()
+def _tiff_lengths(file):
+    "Find how many bytes a TIFF file has, and the last byte that its directories name"
+    b = file.read_bytes()
     end, big = '<' if b[:2] == b'II' else '>', b[2:4] in (b'+\0', b'\0+')
     one, many, entry = ('Q', 'Q', 20) if big else ('I', 'H', 12)
-    size = dict(enumerate((1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)))  # bytes of each type of value
+    room, bytes_of = struct.calcsize(one), (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)  # bytes of each type of value
     def number(kind, at): return struct.unpack_from(end + kind, b, at)[0]
     last, at = 8, number(one, 8 if big else 4)
     while at:
-        n, first = number(many, at), at + struct.calcsize(many)
-        tags = {number('H', p): (number('H', p + 2), number(one, p + 4), p + 4 + struct.calcsize(one))
-                for p in range(first, first + n * entry, entry)}
-        def values(tag):
-            kind, count, p = tags[tag]
-            if count * size[kind] > struct.calcsize(one): p = number(one, p)
-            return struct.unpack_from(f'{end}{count}{ {3: "H", 4: "I", 16: "Q"}[kind]}', b, p)
-        room = struct.calcsize(one)
-        last = max(last, first + n * entry + room, *(number(one, p) + count * size[kind] for kind, count, p in tags.values() if count * size[kind] > room))
-        where, count = (273, 279) if 273 in tags else (324, 325)
-        last = max(last, *(o + c for o, c in zip(values(where), values(count))))
+        n, first, tags = number(many, at), at + struct.calcsize(many), {}
+        for p in range(first, first + n * entry, entry):
+            kind, count, value = number('H', p + 2), number(one, p + 4), p + 4 + room
+            if count * bytes_of[kind] > room: value = number(one, value)  # too long to stand in the entry
+            tags[number('H', p)] = kind, count, value
+            last = max(last, value + count * bytes_of[kind])
+        starts, sizes = [struct.unpack_from(f'{end}{tags[t][1]}{ {3: "H", 4: "I", 16: "Q"}[tags[t][0]] }', b, tags[t][2])
+                         for t in ((273, 279) if 273 in tags else (324, 325))]  # strips or tiles
         at = number(one, first + n * entry)
-    return last
+        last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
+    return len(b), last
 
 def _check_complete(file):
-    "Raise ImageError for a NIfTI or TIFF file that ends early, which SimpleITK reads without a word"
-    name, told = str(file).lower(), dict(file=file, fix='copy or download it again')
-    try:
-        if name.endswith(('.nii', '.nii.gz')):
-            has, needs = _gzip_length(file) if name.endswith('.gz') else file.stat().st_size, _nifti_length(file)
-        elif name.endswith(('.tif', '.tiff')): has, needs = file.stat().st_size, _tiff_length(file)
-        else: return
-    except (zlib.error, struct.error, KeyError, OSError) as e:
-        raise ImageError('the file is damaged or cut short', found=e, **told) from None
-    if has < needs: raise ImageError('the file is cut short', found=f'{has} bytes', expected=f'{needs} bytes', **told)
+    "Raise ImageError for a NIfTI or TIFF file that ends early or is damaged, which SimpleITK reads without a word"
+    name = file.name.lower()
+    lengths = _nifti_lengths if name.endswith(('.nii', '.nii.gz')) else _tiff_lengths if name.endswith(('.tif', '.tiff')) else None
+    if not lengths or not file.is_file(): return
+    try: has, needs = lengths(file)
+    except (zlib.error, struct.error, KeyError, IndexError) as e:
+        raise ImageError('the file is damaged or cut short', file=file, found=e, fix='copy or download it again') from None
+    if has < needs: raise ImageError('the file is cut short', file=file, found=f'{has} bytes', expected=f'{needs} bytes', fix='copy or download it again')
 
 # %% ../nbs/10_image.ipynb #04dab93b
 def _open(file):
@@ -212,8 +211,8 @@ def _read(file):
     "Read one file: array (C, Z, Y, X) in the type of the file, and Geometry"
     file = Path(file)
     with _quiet():
-        reader = _open(file)
         _check_complete(file)
+        reader = _open(file)
         try: image = reader.Execute()
         except RuntimeError as e: raise ImageError('the voxels cannot be read', file=file, found=_reason(e), fix='the file may be cut short: copy or download it again') from None
     geometry = _geometry(image, file)
@@ -249,17 +248,52 @@ def read_label_map(
                          fix='save it as a grey image whose grey values are the labels')
     array = array[0]
     with np.errstate(invalid='ignore'): labels = array.astype(np.int16)
-    if array.dtype != labels.dtype and (wrong := array[array != labels]).size:
+    if not np.can_cast(array.dtype, np.int16) and (wrong := array[array != labels]).size:
         raise ImageError('labels must be whole numbers from -32768 to 32767', file=file, found=f'{wrong[0]} and {wrong.size - 1} other voxels like it',
                          fix='was the label map interpolated? export it again without interpolation')
     return labels, geometry
 
 # %% ../nbs/10_image.ipynb #f0854410
+def _steps(geometry, kind):
+    "Step vectors (file axis, world mm) in a header's float type that a reader normalises back to exactly this direction, where such exist"
+    near, out = np.stack(np.meshgrid(*[np.arange(-3, 4)] * 3), -1).reshape(-1, 3), []
+    for cosines, mm in zip(np.reshape(geometry.direction, (3, 3)).T, geometry.spacing[::-1]):
+        step = (cosines * mm).astype(kind)
+        step = (step + near * np.spacing(step)).astype(kind)  # up to three roundings away on each axis
+        v = step.astype(float)
+        length = np.sqrt(v[:, 0] * v[:, 0] + v[:, 1] * v[:, 1] + v[:, 2] * v[:, 2])[:, None]
+        if kind == np.float32: off = np.abs(v / length - cosines).max(1)  # NIfTI: spacing is stored beside
+        else: off = np.abs(v * (1 / length) - cosines).max(1) + np.abs(length[:, 0] - mm)  # NRRD: length is the spacing
+        out.append(step[np.argmin(100 * (off > 0) + np.abs(near).sum(1))])  # an exact one, or else the plain product
+    return np.array(out)
+
+def _exact_header(data, geometry, name):
+    "Put the direction into a NIfTI or NRRD header to the last bit; SimpleITK loses that bit when axes are oblique"
+    if name.endswith('.nrrd'):
+        text = ' '.join('(' + ','.join(repr(float(x)) for x in v) + ')' for v in _steps(geometry, np.float64))
+        return re.sub(rb'(?m)^space directions: .*$', b'space directions: ' + text.encode(), data, count=1)
+    if data[:4] != struct.pack('=i', 348): return data
+    rows = np.column_stack([_steps(geometry, np.float32).T, geometry.origin]) * np.array([[-1], [-1], [1]])  # NIfTI looks from the other side
+    return data[:280] + rows.astype('=f4').tobytes() + data[328:]
+
+# %% ../nbs/10_image.ipynb #62f36234
+def _store(image, part, geometry):
+    "Let SimpleITK write `part`, then make its header exact"
+    name = part.name.lower()
+    plain = part.with_name(part.name[:-3]) if name.endswith('.nii.gz') else part
+    try:
+        sitk.WriteImage(image, str(plain), useCompression=True)
+        if name.endswith(('.nii', '.nii.gz', '.nrrd')):
+            data = _exact_header(plain.read_bytes(), geometry, name)
+            part.write_bytes(gzip.compress(data, 6, mtime=0) if plain != part else data)
+    finally:
+        if plain != part: plain.unlink(missing_ok=True)
+
 def _write(array, geometry, file):
     "Write (Z, Y, X) or, in colour, (Z, Y, X, 3) with a geometry, whole or not at all"
     file = Path(file)
     if array.shape[:3] != geometry.shape:
-        raise ImageError('array and geometry disagree', file=file, found=f'array (Z, Y, X) = {array.shape[:3]}', expected=f'{geometry.shape}')
+        raise ImageError('array and geometry disagree', file=file, found=f'array (Z, Y, X) = {array.shape[:3]}', expected=geometry.shape)
     if file.name.lower().endswith(PAIRS): raise ImageError('this format splits an image over two files', file=file, fix='use .nii.gz, .nrrd or .mha')
     if not file.parent.is_dir(): raise ImageError('the folder does not exist', file=file, fix='create it first')
     flat = file.name.lower().endswith(PICTURES) and geometry.shape[0] == 1
@@ -269,10 +303,10 @@ def _write(array, geometry, file):
         image.SetOrigin(geometry.origin)
         image.SetDirection(geometry.direction)
     with _quiet(), whole_file(file) as part:
-        try: sitk.WriteImage(image, str(part), useCompression=True)
-        except RuntimeError as e: raise ImageError('cannot write this file', file=file, found=_reason(e).replace(part.name, file.name)) from None
+        try: _store(image, part, geometry)
+        except (RuntimeError, OSError) as e: raise ImageError('cannot write this file', file=file, found=_reason(e).replace(part.name, file.name)) from None
 
-# %% ../nbs/10_image.ipynb #62f36234
+# %% ../nbs/10_image.ipynb #e387325e
 def write_image(
     array,              # (Z, Y, X), (1, Z, Y, X), or (3, Z, Y, X) for a colour picture; stored in its own type
     geometry:Geometry,  # Where the voxels lie
@@ -280,7 +314,7 @@ def write_image(
 )->None:
     "Write one channel or one colour picture; raises ImageError naming the file"
     array = np.asarray(array)
-    array = array.astype({'b': np.uint8, 'e': np.float32}.get(array.dtype.char.replace('?', 'b') if array.dtype.char in '?e' else '', array.dtype))
+    array = array.astype({'?': np.uint8, 'e': np.float32}.get(array.dtype.char, array.dtype))  # no format holds booleans or half floats
     if array.ndim == 4 and len(array) == 1: array = array[0]
     colour = array.ndim == 4 and len(array) == 3 and str(file).lower().endswith(PICTURES)
     if array.ndim != 3 and not colour:
