@@ -116,33 +116,43 @@ def _reason(error):
     return lines[-1].split('ERROR: ')[-1] if lines else type(error).__name__
 
 # %% ../nbs/10_image.ipynb #ca6b379c
-def _gzip_length(file):
-    "Unpack a gzip file to count its bytes; raise `zlib.error` if it is cut short or damaged"
-    total, unpack = 0, zlib.decompressobj(31)
+def _unpacked(file):
+    "Give the bytes of a file in pieces, unpacked if it is gzip; raise `zlib.error` if that is cut short or damaged"
     with open(file, 'rb') as f:
+        packed, unpack = f.peek(2)[:2] == b'\x1f\x8b', zlib.decompressobj(31)
         while chunk := f.read(1 << 20):
-            while chunk:
-                total += len(unpack.decompress(chunk))
-                chunk = unpack.unused_data
-                if unpack.eof and (chunk := chunk.lstrip(b'\0')): unpack = zlib.decompressobj(31)  # a gzip file may have several members
-    if not unpack.eof: raise zlib.error('the compressed stream ends too early')
-    return total
+            if not packed: yield chunk
+            while packed and chunk:
+                yield unpack.decompress(chunk)
+                chunk = unpack.unused_data.lstrip(b'\0')
+                if unpack.eof and chunk: unpack = zlib.decompressobj(31)  # a gzip file may have several members
+    if packed and not unpack.eof: raise zlib.error('the compressed stream ends too early')
 
-def _nifti_lengths(file):
-    "Find how many bytes a NIfTI file has, unpacked, and how many its header asks for"
-    with open(file, 'rb') as f: head = f.read(4096)
-    packed = head[:2] == b'\x1f\x8b'
-    has = _gzip_length(file) if packed else file.stat().st_size
-    if packed: head = zlib.decompressobj(31).decompress(head)
+def _nifti_layout(head):
+    "Read from a NIfTI header where the voxels start, how many bytes there must be, and their type if it is a float"
     end = '<' if head[:4] in (b'\x5c\1\0\0', b'\x1c\2\0\0') else '>'
-    if struct.unpack_from(end + 'i', head)[0] == 540: dim, bits, start = [struct.unpack_from(end + k, head, at) for k, at in (('8q', 16), ('h', 14), ('q', 168))]
-    else: dim, bits, start = [struct.unpack_from(end + k, head, at) for k, at in (('8h', 40), ('h', 72), ('f', 108))]
+    second = struct.unpack_from(end + 'i', head)[0] == 540
+    dim, kind, bits, start = [struct.unpack_from(end + k, head, at) for k, at in
+                              ((('8q', 16), ('h', 12), ('h', 14), ('q', 168)) if second else (('8h', 40), ('h', 70), ('h', 72), ('f', 108)))]
     voxels = np.prod([max(n, 1) for n in dim[1:dim[0] + 1]], dtype=np.int64)
-    return has, int(start[0]) + int(voxels) * bits[0] // 8
+    return int(start[0]), int(start[0]) + int(voxels) * bits[0] // 8, {16: end + 'f4', 64: end + 'f8'}.get(kind[0])
+
+def _scan_nifti(file):
+    "Read a NIfTI file to its end: bytes it has, bytes it needs, and [(voxels, values)] of NaN and infinity, which SimpleITK replaces"
+    has, needs, kind, rest, seen, strange = 0, 1, None, b'', 0, []
+    for chunk in _unpacked(file):
+        if not has: start, needs, kind = _nifti_layout(chunk)
+        has += len(chunk)
+        if not kind: continue
+        rest += chunk[start:] if has == len(chunk) else chunk
+        values = np.frombuffer(rest, kind, len(rest) // int(kind[-1]))
+        if len(at := np.flatnonzero(~np.isfinite(values))): strange.append((seen + at, values[at]))
+        seen, rest = seen + len(values), rest[values.nbytes:]
+    return has, needs, strange
 
 # %% ../nbs/10_image.ipynb #700051ab
-def _tiff_lengths(file):
-    "Find how many bytes a TIFF file has, and the last byte that its directories name"
+def _scan_tiff(file):
+    "Find how many bytes a TIFF file has, the last byte that its directories name, and nothing strange"
     b = file.read_bytes()
     end, big = '<' if b[:2] == b'II' else '>', b[2:4] in (b'+\0', b'\0+')
     one, many, entry = ('Q', 'Q', 20) if big else ('I', 'H', 12)
@@ -160,23 +170,26 @@ def _tiff_lengths(file):
                          for t in ((273, 279) if 273 in tags else (324, 325))]  # strips or tiles
         at = number(one, first + n * entry)
         last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
-    return len(b), last
+    return len(b), last, []
 
-def _check_complete(file):
-    "Raise ImageError for a NIfTI or TIFF file that ends early or is damaged, which SimpleITK reads without a word"
+def _scan(file):
+    "Raise ImageError for a NIfTI or TIFF file that SimpleITK would read although it ends early or is damaged; give [(voxels, NaN or infinity)]"
     name = file.name.lower()
-    lengths = _nifti_lengths if name.endswith(('.nii', '.nii.gz')) else _tiff_lengths if name.endswith(('.tif', '.tiff')) else None
-    if not lengths or not file.is_file(): return
-    try: has, needs = lengths(file)
+    scan = _scan_nifti if name.endswith(('.nii', '.nii.gz')) else _scan_tiff if name.endswith(('.tif', '.tiff')) else None
+    if not scan or not file.is_file(): return []
+    try: has, needs, strange = scan(file)
     except (zlib.error, struct.error, KeyError, IndexError) as e:
         raise ImageError('the file is damaged or cut short', file=file, found=e, fix='copy or download it again') from None
     if has < needs: raise ImageError('the file is cut short', file=file, found=f'{has} bytes', expected=f'{needs} bytes', fix='copy or download it again')
+    return strange
 
 # %% ../nbs/10_image.ipynb #04dab93b
 def _open(file):
     "Read the header of a file, or raise ImageError naming it"
     file = Path(file)
     if not file.is_file(): raise ImageError('there is no such file', file=file, fix='check the path and the file ending')
+    if file.name.endswith('.nii.gz') and (twin := file.with_suffix('')).exists():
+        raise ImageError('two files with one name', file=file, found=f'{twin.name} beside it', fix=f'move {twin.name} away: SimpleITK would read its voxels instead')
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     try: reader.ReadImageInformation()
@@ -211,13 +224,14 @@ def _read(file):
     "Read one file: array (C, Z, Y, X) in the type of the file, and Geometry"
     file = Path(file)
     with _quiet():
-        _check_complete(file)
+        strange = _scan(file)
         reader = _open(file)
         try: image = reader.Execute()
         except RuntimeError as e: raise ImageError('the voxels cannot be read', file=file, found=_reason(e), fix='the file may be cut short: copy or download it again') from None
     geometry = _geometry(image, file)
     array = sitk.GetArrayFromImage(image).reshape(*geometry.shape, image.GetNumberOfComponentsPerPixel())
     if np.iscomplexobj(array): raise ImageError('complex voxels', file=file, found=image.GetPixelIDTypeAsString(), expected='real numbers', fix='store the magnitude')
+    for at, values in strange: array.reshape(-1)[at] = values
     return np.moveaxis(array, -1, 0), geometry
 
 # %% ../nbs/10_image.ipynb #a49892d2
@@ -234,8 +248,8 @@ def read_image(
         if apart := geometry.differences(first):
             raise ImageError('the channels of a case must share one grid', file=file, found='; '.join(apart),
                              fix=f'resample it to the grid of {Path(files[0]).name}')
-        arrays.append(array.astype(np.float32))
-    return np.ascontiguousarray(np.concatenate(arrays)), first
+        arrays.append(np.ascontiguousarray(array, np.float32))
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), first
 
 # %% ../nbs/10_image.ipynb #665447dd
 def read_label_map(
