@@ -1,9 +1,10 @@
 """Record what nnU-Net 1.7.1 crops, for the parity checks of the cropping chapter.
 
-Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md.
+Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md, and data_samples/.
 Usage, from the project root: python tests/record/20_cropping.py
 Writes tests/recorded/20_cropping.npz: per case `<name>/data`, `<name>/seg` (inputs) and
-`<name>/mask`, `<name>/out_data`, `<name>/out_seg`, `<name>/bbox` (what the original makes of them).
+`<name>/mask`, `<name>/out_data`, `<name>/out_seg`, `<name>/bbox` (what the original makes of them); for two phantom
+cases the box and the number of voxels that get the label -1 (`outside`).
 """
 import contextlib, json, os, platform, tempfile
 from importlib.metadata import version
@@ -14,7 +15,9 @@ os.environ['MPLBACKEND'] = 'agg'
 import numpy as np
 
 SEED = 20
-OUT = Path(__file__).resolve().parents[1]/'recorded'/'20_cropping.npz'
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT/'tests'/'recorded'/'20_cropping.npz'
+SAMPLES = {'mr_000': ('Task102_PhantomMR', 4), 'ct_003': ('Task101_PhantomCT', 1)} # case: task, channels
 
 
 def ball(shape, radius, centre=(0, 0, 0)):
@@ -64,6 +67,11 @@ def main():
             found[f'{name}/mask'] = create_nonzero_mask(data)
             found[f'{name}/out_data'], found[f'{name}/out_seg'] = out, out_seg[0].astype(np.int16)
             found[f'{name}/bbox'] = np.array(props['crop_bbox'])
+        for case, (task, channels) in SAMPLES.items():
+            folder = ROOT/'data_samples'/task
+            images = [str(folder/'imagesTr'/f'{case}_{c:04d}.nii.gz') for c in range(channels)]
+            _, seg, props = ImageCropper.crop_from_list_of_files(images, str(folder/'labelsTr'/f'{case}.nii.gz'))
+            found[f'{case}/bbox'], found[f'{case}/outside'] = np.array(props['crop_bbox']), (seg == -1).sum()
     versions = {p: version(p) for p in ('nnunet', 'numpy', 'scipy')} | {'python': platform.python_version()}
     np.savez_compressed(OUT, command='python tests/record/20_cropping.py', versions=json.dumps(versions), **found)
     print(OUT.name, OUT.stat().st_size, 'bytes')
