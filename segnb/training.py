@@ -209,7 +209,8 @@ def plan_differences(
 def _holder(file):
     "The process that holds a lock file, if it still runs: (text, alive)"
     try: host, pid, born = file.read_text().split()
-    except (OSError, ValueError): return 'unknown', False
+    except OSError: return 'unknown', False
+    except ValueError: return 'a process that is about to start', time.time() - file.stat().st_mtime < 60
     if host != socket.gethostname(): return f'process {pid} on {host}', True
     try: alive = abs(psutil.Process(int(pid)).create_time() - float(born)) < 1
     except psutil.Error: alive = False
@@ -354,6 +355,10 @@ def _check_cases(t):
     folder = t.preprocessed/t.configuration
     if not folder.is_dir(): raise TrainingError('the configuration is not preprocessed', file=folder, fix=f'preprocess it, or train one of {sorted(p.name for p in t.preprocessed.iterdir() if p.is_dir())}')
     t.cases = load_preprocessed(folder)
+    files = [Path(e['label'] if isinstance(e, dict) else e).name for e in t.dataset.get('training', ())]
+    listed = {name.removesuffix(t.dataset.get('file_ending', '.nii.gz')) for name in files}
+    missing = sorted(listed - set(t.cases))
+    if missing: raise TrainingError(f'{len(missing)} of {len(listed)} training cases are not preprocessed', file=folder, found=f"none for {', '.join(missing[:5])}", fix='preprocess the data set')
     file = t.preprocessed/'splits.json'
     if t.fold != 'all' and not file.exists(): save_splits(five_folds(t.cases, n_folds=t.n_folds), file)
     splits = [] if t.fold == 'all' else load_splits(file)
@@ -385,6 +390,7 @@ def _reset(t):
     weights = deep_supervision_weights(len(t.plan.pool_op_kernel_sizes))
     t.criterion = DeepSupervisionLoss(t.loss or DiceCELoss(t.plan.batch_dice), weights)
     t.epoch, t.history, t.moving, t.best = 0, [], None, None
+    t.clock = _budget(t)
     t.saved, t.drawn, t.saved_epoch = (-math.inf, 0.), (-math.inf, 0.), None # (when, seconds it took)
 
 # %% ../nbs/53_training.ipynb #148aface
@@ -426,7 +432,6 @@ def _fit(t, overwrite):
             raise TrainingError('the folder already holds a training', file=t.folder, found=', '.join(there), fix='resume it, overwrite it (overwrite=True), or give another model folder')
         for name in (*there, 'log.txt', 'log.jsonl', 'progress.png', 'record.json'): (t.folder/name).unlink(missing_ok=True)
         if t.epoch: _reset(t)
-        t.clock = _budget(t)
         return _run(t)
 
 def _budget(t, **spent): return TimeBudget(t.minutes and 60 * t.minutes, **spent)
@@ -475,12 +480,15 @@ def _run(t):
     "Train epochs until the run is finished, then write the final checkpoint"
     _write_record(t)
     if _finished(t): _say(t, f'finished after epoch {t.epoch}')
+    unused = sorted(set(t.cases) - {*t.train_cases, *t.val_cases})
+    if unused: _say(t, f"{len(unused)} case(s) are in neither list of fold {t.fold}: {', '.join(unused[:5])}")
     train, val = ({c: t.cases[c] for c in names} for names in (t.train_cases, t.val_cases))
     with contextlib.ExitStack() as stack:
         if t.torch_device.type == 'cuda': stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
         streams = [stack.enter_context(stream) for stream in t.batches(
             train, val, t.plans, t.plan, seed=t.seed, iterations=t.iterations, val_iterations=t.val_iterations,
             n_workers=t.n_workers, pin_memory=t.torch_device.type == 'cuda')]
+        t.clock = _budget(t, elapsed=t.history[-1]['elapsed'] if t.history else 0., pace=t.clock.pace)
         while not _finished(t): _epoch(t, *streams)
     _finish(t)
     return t.history

@@ -48,7 +48,7 @@ def predict_case(
     file,       # Label map to write, on the grid of the original image
 ):
     "Predict a preprocessed case and write its label map on the original grid"
-    probabilities = predictor.predict_preprocessed(np.asarray(case.data))
+    probabilities = predictor.predict_preprocessed(np.array(case.data))
     labels = to_original_grid(probabilities, case.properties, predictor.labels)
     save_label_map(labels, Geometry.from_dict(case.properties['geometry']), file)
 
@@ -75,5 +75,6 @@ def validate_fold(
         except (SegnbError, OSError) as error: failed.append(f'{name}: {error}')
     if failed: raise ValidationError(f'{len(failed)} of {len(cases)} cases failed, the others are written', file=out, found=' | '.join(failed))
     result = evaluate_folder(preprocessed/'gt_segmentations', out, predictor.labels, cases=list(cases), n_workers=0, progress=False)
+    result['held_back'] = str(fold) != 'all' # the cases of fold 'all' were trained on
     write_json(result, out/'summary.json')
     return result

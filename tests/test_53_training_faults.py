@@ -1,0 +1,300 @@
+"""What can go wrong in a training, and what the user is told: interruption, damage, other plans, full disks, bad data."""
+import json, os, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from segnb.planning import Plans
+from segnb.preprocessing import class_locations, save_preprocessed
+from segnb.training import CheckpointError, PatchDice, TimeBudget, Trainer, TrainingError, fold_lock, load_checkpoint, moving_average, training_step
+
+torch.set_num_threads(1)
+SMALL = dict(iterations=3, val_iterations=1, n_workers=0, progress=False, device='cpu')
+
+
+def make_task(folder, n=6, **changes):
+    "Six blurred balls of 24 cubed voxels, ready for the network, and a plan with two features"
+    rng = np.random.default_rng(0)
+    (folder/'3d_fullres').mkdir(parents=True)
+    for i in range(n):
+        z, y, x = np.ogrid[:24, :24, :24]
+        cz, cy, cx = rng.integers(8, 16, 3)
+        r = ((z - cz)**2 + (y - cy)**2 + (x - cx)**2)**.5
+        seg = ((r < 7).astype(np.int8) + (r < 4)).astype(np.int8)
+        data = (seg + rng.normal(0, .3, seg.shape)).astype(np.float32)[None]
+        save_preprocessed(data, seg, {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}, folder/'3d_fullres', f'c{i}')
+    plan = dict(patch_size=[16, 16, 16], batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2, 2, 2], pool_op_kernel_sizes=[[2, 2, 2]]*2,
+                conv_kernel_sizes=[[3, 3, 3]]*3, do_dummy_2d_data_aug=False, base_num_features=2, max_num_features=320, batch_dice=False) | changes
+    Plans('Balls', 'hand', 8, ['MR'], [1, 2], [1, 1, 1], [0, 1, 2], [0, 1, 2], ['nonCT'], [False], None, {'3d_fullres': plan}, {}).save(folder/'plans.json')
+    labels = {'background': 0, 'ball': 1, 'core': 2}
+    (folder/'dataset.json').write_text(json.dumps({'modality': {'0': 'MR'}, 'labels': {str(v): k for k, v in labels.items()},
+                                                   'training': [{'image': f'./imagesTr/c{i}.nii.gz', 'label': f'./labelsTr/c{i}.nii.gz'} for i in range(n)]}))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def task(tmp_path_factory): return make_task(tmp_path_factory.mktemp('pre')/'Balls')
+
+
+def weights(trainer): return list(trainer.net.state_dict().values())
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(weights(a), weights(b), strict=True))
+
+
+class PowerCut(Exception): pass
+
+
+def cut_after(epoch):
+    def callback(trainer, row):
+        if row['epoch'] == epoch: raise PowerCut
+    return callback
+
+
+@pytest.fixture(scope='module')
+def straight(task, tmp_path_factory):
+    trainer = Trainer(task, tmp_path_factory.mktemp('m')/'straight', epochs=3, **SMALL)
+    trainer.fit()
+    return trainer
+
+
+def interrupted(task, model, epoch=1, **settings):
+    with pytest.raises(PowerCut): Trainer(task, model, epochs=3, callbacks=(cut_after(epoch),), **SMALL | settings).fit()
+    return model
+
+
+@pytest.mark.parametrize('n_workers', [0, 1, 2])
+def test_an_interrupted_run_ends_in_the_same_weights(task, straight, tmp_path, n_workers):
+    interrupted(task, tmp_path/'m', epoch=0)
+    again = Trainer(task, tmp_path/'m', epochs=3, **SMALL | {'n_workers': n_workers})
+    history = again.resume()
+    assert same(straight, again) and [r['epoch'] for r in history] == [0, 1, 2]
+    assert [r['train_loss'] for r in history] == [r['train_loss'] for r in straight.history]
+    for a, b in zip(straight.optimizer.state.values(), again.optimizer.state.values(), strict=True): assert torch.equal(a['momentum_buffer'], b['momentum_buffer'])
+
+
+def test_a_cut_within_an_epoch_loses_that_epoch_only(task, straight, tmp_path):
+    trainer, calls = Trainer(task, tmp_path/'m', epochs=3, **SMALL), []
+    criterion = trainer.criterion
+    def loss(x, y):
+        calls.append(1)
+        if len(calls) == 7: raise KeyboardInterrupt
+        return criterion(x, y)
+    trainer.criterion = loss
+    with pytest.raises(KeyboardInterrupt): trainer.fit()
+    assert 'interrupted in epoch 1' in (tmp_path/'m'/'fold_0'/'log.txt').read_text() and not (tmp_path/'m'/'fold_0'/'training.lock').exists()
+    again = Trainer(task, tmp_path/'m', epochs=3, **SMALL)
+    again.resume()
+    assert same(straight, again)
+
+
+def test_what_a_run_leaves_behind(task, straight):
+    folder = straight.folder
+    assert sorted(p.name for p in folder.iterdir()) == ['checkpoint_best.pt', 'checkpoint_final.pt', 'checkpoint_latest.pt', 'log.jsonl', 'log.txt', 'progress.png', 'record.json']
+    assert {p.name for p in straight.model.iterdir()} == {'fold_0', 'plans.json', 'dataset.json'}
+    state = load_checkpoint(folder/'checkpoint_final.pt', straight.plans)
+    assert state['epoch'] == 3 and all(torch.equal(a, b) for a, b in zip(state['network'].values(), weights(straight)))
+    rows = [json.loads(line) for line in (folder/'log.jsonl').read_text().splitlines()]
+    assert rows == straight.history and rows[0]['best'] and 'patch Dice (estimate) ball' in (folder/'log.txt').read_text()
+    record = json.loads((folder/'record.json').read_text())
+    assert record['training_batches'] == 9 and record['runs'][0]['settings']['seed'] == 0 and sorted(record['train_cases'] + record['val_cases']) == [f'c{i}' for i in range(6)]
+
+
+def test_a_damaged_latest_checkpoint_is_passed_over(task, straight, tmp_path):
+    interrupted(task, tmp_path/'m')
+    latest = tmp_path/'m'/'fold_0'/'checkpoint_latest.pt'
+    whole = latest.read_bytes()
+    latest.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(CheckpointError, match='damaged'): load_checkpoint(latest)
+    again = Trainer(task, tmp_path/'m', epochs=3, **SMALL)
+    again.resume()
+    assert same(straight, again), 'the previous epoch was used'
+    log = (tmp_path/'m'/'fold_0'/'log.txt').read_text()
+    assert 'passed over' in log and 'checkpoint_previous.pt after epoch 1' in log
+
+
+def test_a_flipped_bit_is_found(straight, tmp_path):
+    data = bytearray((straight.folder/'checkpoint_final.pt').read_bytes())
+    data[len(data)//2] ^= 16
+    (tmp_path/'flipped.pt').write_bytes(data)
+    with pytest.raises(CheckpointError, match='damaged'): load_checkpoint(tmp_path/'flipped.pt')
+
+
+def test_nothing_that_can_be_read(task, tmp_path):
+    interrupted(task, tmp_path/'m')
+    for file in (tmp_path/'m'/'fold_0').glob('*.pt'): file.write_bytes(b'')
+    with pytest.raises(CheckpointError, match='no checkpoint can be read.*overwrite=True'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
+    with pytest.raises(CheckpointError, match='nothing to resume'): Trainer(task, tmp_path/'empty', epochs=3, **SMALL).resume()
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self): return os.mkdir, (str(tmp_path/'owned'),)
+    torch.save({'format': 'segnb checkpoint 1', 'x': Evil()}, tmp_path/'evil.pt')
+    with pytest.raises(CheckpointError, match='cannot|safely'): load_checkpoint(tmp_path/'evil.pt')
+    torch.save({'weights': torch.zeros(1)}, tmp_path/'other.pt')
+    with pytest.raises(CheckpointError, match='not a segnb checkpoint'): load_checkpoint(tmp_path/'other.pt')
+    assert not (tmp_path/'owned').exists()
+
+
+def test_a_checkpoint_of_another_plan(task, straight, tmp_path):
+    other = make_task(tmp_path/'Other', batch_size=3)
+    with pytest.raises(CheckpointError, match='batch_size 2 in the checkpoint, 3 here'): load_checkpoint(straight.folder/'checkpoint_final.pt', Plans.load(other/'plans.json'))
+    with pytest.raises(TrainingError, match='another plan.*batch_size'): Trainer(other, straight.model, epochs=4, **SMALL).resume()
+
+
+def test_a_split_that_changed_meanwhile(tmp_path):
+    task = make_task(tmp_path/'Balls')
+    interrupted(task, tmp_path/'m')
+    splits = json.loads((task/'splits.json').read_text())
+    (task/'splits.json').write_text(json.dumps(splits[1:] + splits[:1]))
+    with pytest.raises(CheckpointError, match='other cases'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
+
+
+def test_an_earlier_training_is_not_overwritten_by_accident(task, tmp_path):
+    interrupted(task, tmp_path/'m')
+    with pytest.raises(TrainingError, match='already holds a training'): Trainer(task, tmp_path/'m', epochs=1, **SMALL).fit()
+    assert len(Trainer(task, tmp_path/'m', epochs=1, **SMALL).fit(overwrite=True)) == 1
+
+
+def test_two_trainings_in_one_folder(task, tmp_path):
+    (tmp_path/'m'/'fold_0').mkdir(parents=True)
+    with fold_lock(tmp_path/'m'/'fold_0'):
+        with pytest.raises(TrainingError, match=f'another training.*process {os.getpid()}'): Trainer(task, tmp_path/'m', epochs=1, **SMALL).fit()
+    dead = subprocess.run([sys.executable, '-c', 'import os, psutil, socket; print(socket.gethostname(), os.getpid(), psutil.Process().create_time())'], capture_output=True, text=True).stdout
+    (tmp_path/'m'/'fold_0'/'training.lock').write_text(dead)
+    with fold_lock(tmp_path/'m'/'fold_0'): pass
+    (tmp_path/'m'/'fold_0'/'training.lock').write_text(f'elsewhere {os.getpid()} 0')
+    with pytest.raises(TrainingError, match='on elsewhere'):
+        with fold_lock(tmp_path/'m'/'fold_0'): pass
+
+
+def test_nan_in_the_data_names_the_case(tmp_path):
+    task = make_task(tmp_path/'Balls')
+    sick = task/'3d_fullres'/'c1_data.npy'
+    data = np.load(sick)
+    np.save(sick, data * np.nan)
+    trainer = Trainer(task, tmp_path/'m', fold='all', epochs=5, **SMALL)
+    with pytest.raises(TrainingError, match='loss is nan.*the input of c1 holds NaN'): trainer.fit()
+    assert all(torch.isfinite(w).all() for w in weights(trainer)), 'the weights were not touched'
+
+
+def test_a_loss_that_runs_away(task, tmp_path):
+    with pytest.raises(TrainingError, match='epoch 0, iteration 0.*smaller initial_lr'):
+        Trainer(task, tmp_path/'m', epochs=1, loss=lambda x, y: x.sum() * float('inf'), **SMALL).fit()
+
+
+@pytest.mark.parametrize('part', ['data', 'seg', 'locations'])
+def test_missing_and_damaged_files_are_found_before_the_start(tmp_path, part):
+    task = make_task(tmp_path/'Balls')
+    file = task/'3d_fullres'/f'c2_{part}.npy'
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole)//2])
+    with pytest.raises(TrainingError, match='case c2.*missing or damaged'): Trainer(task, tmp_path/'m', **SMALL)
+    file.unlink()
+    with pytest.raises(TrainingError, match='case c2.*missing or damaged'): Trainer(task, tmp_path/'m', **SMALL)
+    (task/'3d_fullres'/'c2.json').unlink()
+    with pytest.raises(TrainingError, match='1 of 6 training cases are not preprocessed.*c2'): Trainer(task, tmp_path/'m', **SMALL)
+
+
+def test_a_full_disk(task, tmp_path, monkeypatch):
+    interrupted(task, tmp_path/'m')
+    before = (tmp_path/'m'/'fold_0'/'checkpoint_latest.pt').read_bytes()
+    def full(state, file):
+        Path(file).write_bytes(b'half')
+        raise RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0')
+    monkeypatch.setattr(torch, 'save', full)
+    with pytest.raises(TrainingError, match='could not be written, earlier ones are untouched'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
+    assert (tmp_path/'m'/'fold_0'/'checkpoint_latest.pt').read_bytes() == before
+    assert not [p for p in (tmp_path/'m'/'fold_0').iterdir() if p.name.startswith('.')]
+
+
+@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
+def test_a_log_that_cannot_be_written(task, tmp_path):
+    (tmp_path/'m'/'fold_0').mkdir(parents=True)
+    (tmp_path/'m'/'fold_0'/'log.jsonl').symlink_to('/dev/full')
+    trainer = Trainer(task, tmp_path/'m', epochs=1, **SMALL)
+    from segnb import training
+    trainer.history = [{'epoch': 0, 'iterations': 1}]
+    with pytest.raises(TrainingError, match='cannot be written.*No space left'):
+        with training._guarded(trainer): training._write_record(trainer)
+
+
+@pytest.mark.parametrize('setting, problem', [(dict(epochs=0), 'epochs'), (dict(iterations=2.5), 'iterations'), (dict(initial_lr=-1), 'initial_lr'), (dict(momentum=1), 'momentum'),
+                                              (dict(minutes=0), 'minutes'), (dict(precision='half'), 'precision'), (dict(precision='fp16'), 'fp16 is of no use'), (dict(device='tpu'), 'device'),
+                                              (dict(configuration='2d'), '2d'), (dict(fold=-1), 'fold -1'), (dict(n_workers=-1), 'n_workers')])
+def test_settings_that_cannot_be_used(task, tmp_path, setting, problem):
+    with pytest.raises(ValueError, match=problem): Trainer(task, tmp_path/'m', **SMALL | setting)
+    assert not (tmp_path/'m').exists()
+
+
+def test_too_few_cases(tmp_path):
+    task = make_task(tmp_path/'Balls', n=3)
+    with pytest.raises(ValueError, match='3 cases cannot make 5 folds'): Trainer(task, tmp_path/'m', **SMALL)
+    assert len(Trainer(task, tmp_path/'m', n_folds=3, **SMALL).val_cases) == 1
+    assert len(Trainer(task, tmp_path/'m', fold='all', **SMALL).train_cases) == 3
+
+
+def test_bf16_learns_too(task, straight, tmp_path):
+    trainer = Trainer(task, tmp_path/'m', epochs=1, precision='bf16', **SMALL)
+    trainer.fit()
+    assert all(w.dtype == torch.float32 for w in weights(trainer))
+    assert trainer.history[0]['train_loss'] == pytest.approx(straight.history[0]['train_loss'], abs=.05)
+
+
+class Watch:
+    "A clock that moves only when told"
+    def __init__(self): self.now = 0.
+    def __call__(self): return self.now
+
+
+def test_a_time_budget_with_a_clock_that_moves_when_told():
+    watch = Watch()
+    budget = TimeBudget(100, clock=watch)
+    assert budget.has_room() and budget.lr(.01) == .01
+    budget.pace |= {'step': 2., 'closing': 10.}
+    watch.now = 87.
+    assert budget.has_room() and not budget.has_room(2) and budget.lr(.01) == pytest.approx(.01 * (3/90)**.9)
+    watch.now = 95.
+    assert not budget.has_room() and budget.lr(.01) == 0
+    later = TimeBudget(100, elapsed=60, pace=budget.pace, clock=watch)
+    assert later.elapsed == 60 and later.training_left == 30
+    assert TimeBudget(clock=watch).has_room(10**9)
+
+
+def test_minutes_end_in_time_and_go_on_after_a_break(task, tmp_path):
+    settings = SMALL | dict(iterations=40, val_iterations=2, minutes=.1)
+    with pytest.raises(PowerCut): Trainer(task, tmp_path/'m', callbacks=(cut_after(0),), **settings).fit()
+    first = load_checkpoint(tmp_path/'m'/'fold_0'/'checkpoint_latest.pt')['elapsed']
+    time.sleep(.5)
+    trainer, began = Trainer(task, tmp_path/'m', **settings), time.monotonic()
+    history = trainer.resume()
+    assert first < 6 and history[0]['elapsed'] <= first and history[1]['elapsed'] - history[1]['seconds'] < first + .4, 'the break does not count'
+    assert history[-1]['elapsed'] < 6.5 and len(history) >= 2
+    assert trainer.optimizer.param_groups[0]['lr'] < 1e-3
+    rates = [r['lr'] for r in history]
+    assert rates == sorted(rates, reverse=True) and history[-1]['iterations'] <= 40
+
+
+def test_momentum_is_lowered_when_nothing_was_learned(task, tmp_path):
+    from segnb import training
+    trainer = Trainer(task, tmp_path/'m', epochs=200, **SMALL)
+    trainer.folder.mkdir(parents=True)
+    before = [w.clone() for w in weights(trainer)]
+    for trainer.epoch, dice in ((99, 0), (100, 1e-9), (100, float('nan')), (101, 0)):
+        training._rescue(trainer, dice)
+        assert trainer.optimizer.param_groups[0]['momentum'] == .99 and all(torch.equal(a, b) for a, b in zip(before, weights(trainer)))
+    trainer.epoch = 100
+    training._rescue(trainer, 0)
+    assert trainer.optimizer.param_groups[0]['momentum'] == .95
+    assert not torch.equal(before[0], weights(trainer)[0]) and trainer.optimizer.param_groups[0]['params'][0] is next(trainer.net.parameters())
+
+
+def test_averages_and_counts_without_a_value():
+    assert moving_average(None, float('nan')) is None and moving_average(.5, float('nan')) == .5
+    assert np.isnan(PatchDice(3).mean())
+    network = torch.nn.Conv3d(1, 2, 1)
+    optimizer = torch.optim.SGD(network.parameters(), .1)
+    before = network.weight.detach().clone()
+    found = training_step(network, lambda x, y: x.sum() * float('nan'), optimizer, torch.ones(1, 1, 2, 2, 2), [])
+    assert np.isnan(found) and torch.equal(network.weight, before)
