@@ -56,7 +56,8 @@ def main():
     OUT.mkdir(exist_ok=True)
     info = dict(command='python tests/record/62_sliding_window.py', seed=SEED, versions={p: version(p) for p in ('nnunet', 'numpy', 'torch', 'scipy')},
                 pools=POOLS, kernels=KERNELS, patch=PATCH, base_num_features=4, images={k: dict(step_size=v[1], mirror_axes=v[2]) for k, v in IMAGES.items()},
-                weights={k: list(v.shape) for k, v in state.items()}, steps=steps)
+                weights={k: list(v.shape) for k, v in state.items()}, steps=steps,
+                body=S._compute_steps_for_sliding_window((96, 160, 160), (300, 400, 400), .5))
     (OUT/'62_sliding_window.json').write_text(json.dumps(info) + '\n')
     np.savez_compressed(OUT/'62_sliding_window.npz', **arrays)
     for f in ('json', 'npz'): print(f'wrote {OUT.name}/62_sliding_window.{f}', (OUT/f'62_sliding_window.{f}').stat().st_size)
