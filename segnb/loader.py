@@ -71,14 +71,15 @@ def _voxels_by_class(case, key):
     "The noted voxels of each label above 0 that is present"
     locations = getattr(case, 'class_locations', None)
     if locations is None:
-        raise LoaderError('the case has no class locations', case=key, expected='{label: (n, 3) voxels}', fix='preprocess it together with its label map')
+        raise LoaderError('the case has no class locations', case=key, expected='{label: (n, 3) voxels}',
+                          fix='preprocess it together with its label map')
     return [voxels for label, voxels in locations.items() if int(label) > 0 and len(voxels)]
 
 # %% ../nbs/40_loader.ipynb #30a090b6
 class PatchLoader(SlimDataLoaderBase):
     "Draw batches of patches, some of them around a voxel of a foreground class"
     def __init__(self,
-        cases:dict,             # {identifier: object with .data (C, Z, Y, X), .seg (Z, Y, X), .class_locations {label: (n, 3)}}
+        cases:dict,             # {identifier: object with data (C, Z, Y, X), seg (Z, Y, X), class_locations}
         patch_size:tuple,       # Patch that is cut (Z, Y, X), voxels
         final_patch_size:tuple, # Patch the network sees (Z, Y, X), voxels
         batch_size:int,         # Samples in a batch
@@ -86,12 +87,15 @@ class PatchLoader(SlimDataLoaderBase):
         rng=None,               # numpy Generator of `generate_train_batch`; None: seeded by the system
     ):
         super().__init__(cases, batch_size)
-        if not cases: raise LoaderError('there is no case to cut patches from', fix='look whether this part of the split is empty')
+        if not cases: raise LoaderError('there is no case to cut patches from', fix='is this part of the split empty?')
         if not (batch_size >= 1 and 0 <= oversample <= 1):
-            raise LoaderError('these batches cannot be drawn', found=f'batch size {batch_size}, oversample {oversample}', expected='at least 1, and 0 to 1')
-        self.patch_size, self.final_patch_size = (tuple(int(n) for n in size) for size in (patch_size, final_patch_size))
+            raise LoaderError('these batches cannot be drawn', expected='at least 1 sample, oversampling 0 to 1',
+                              found=f'batch size {batch_size}, oversample {oversample}')
+        self.patch_size = tuple(int(n) for n in patch_size)
+        self.final_patch_size = tuple(int(n) for n in final_patch_size)
         if not all(0 < final <= n for n, final in zip(self.patch_size, self.final_patch_size, strict=True)):
-            raise LoaderError('the patch is smaller than the final patch', found=self.patch_size, expected=f'at least {self.final_patch_size}')
+            raise LoaderError('the patch is smaller than the final patch', found=self.patch_size,
+                              expected=f'at least {self.final_patch_size}')
         self.keys, self.oversample = list(cases), oversample
         self.rng = np.random.default_rng() if rng is None else rng
 
