@@ -77,22 +77,22 @@ def _ct_anatomy(rng, axes):
     body = blob(rng, p, (dz, 0, 0), (260, rng.uniform(35, 40), rng.uniform(40, 44.5)), rough=.03, turn=.03)
     muscle = body - np.float32(rng.uniform(3, 6))
     gut = np.max([shape((rng.uniform(-35, 35), rng.uniform(-22, -8), rng.uniform(-4, 30)), (9, 7, 7), rough=.2) for _ in range(4)], axis=0)
-    stomach = shape((-12, -14, 18), (19, 11, 13), rough=.15)
+    stomach = shape((-12, -13, 18), (22, 13, 14), rough=.15)
     gas = np.minimum(shape((-12, -20, 18), (12, 5, 8)), stomach - 2)
     bone = shape((0, 23, 0), (200, 8, 8.5), rough=.1, turn=.02)
     vessel = shape((0, 10, 2), (200, 4.5, 4.5), rough=.05, turn=.03)
-    other = shape((4, 10, 23), (23, 13, 11), rough=.1)
+    other = shape((4, 9, 22), (26, 15, 13), rough=.1)
     organ = shape((0, -4, -17), (29, 23, 19), rough=.14)
     lesion = []
     for _ in range(1 + (rng.random() < .4)):
         u = rng.normal(size=3); u *= rng.uniform(.2, .45)/np.linalg.norm(u)
-        lesion.append(shape(np.array((0, -4, -17)) + u*(29, 23, 19), rng.uniform(7.5, 10.5)*np.array((1.1, 1, 1)), rough=.18, frequency=2.5))
+        lesion.append(shape(np.array((0, -4, -17)) + u*(29, 23, 19), rng.uniform(9.5, 12.5)*np.array((1.1, 1, 1)), rough=.18, frequency=2.5))
     lesion = np.minimum(np.max(lesion, axis=0), organ - np.float32(1.5))
     return [_part(d) for d in (body, muscle, np.minimum(gut, muscle), np.minimum(stomach, muscle), gas, bone, vessel,
                                np.minimum(other + np.float32(2.5), muscle), np.minimum(other, muscle), other - np.float32(5), np.minimum(organ, muscle), lesion)]
 
 # %% ../nbs/16_samples.ipynb #f0f4f42f
-CONTRAST = {'none': (68, 42, 50, 48), 'arterial': (84, 56, 120, 230), 'venous': (112, 68, 128, 150)}  # HU of organ, lesion, other organ, vessel
+CONTRAST = {'none': (76, 34, 56, 48), 'arterial': (96, 48, 138, 230), 'venous': (120, 62, 146, 150)}  # HU of organ, lesion, other organ, vessel
 
 def phantom_ct(
     rng,                        # numpy Generator
@@ -113,21 +113,21 @@ def phantom_ct(
     paint(body, -100 + 8*grain)
     paint(muscle, 46 + 6*grain)
     paint(muscle*_part(patches - .9, .6), -90 + 10*grain)
-    paint(gut, rng.uniform(30, 110) + 30*patches)
-    paint(stomach, rng.uniform(35, 75) + 12*patches)
+    paint(gut, rng.uniform(30, hu['organ'] + 20) + 25*patches)
+    paint(stomach, hu['organ'] + rng.uniform(-25, 10) + 12*patches)
     paint(gas, -850)
     paint(bone, rng.uniform(220, 320) + 50*patches)
     paint(vessel, hu['vessel'])
     paint(capsule, -95 + 8*grain)
     paint(other, hu['other'] + 5*grain)
     paint(inner, hu['other'] - 22 + 5*grain)
-    paint(organ, hu['organ'] + 9*grain + 5*patches)
+    paint(organ, hu['organ'] + 7*grain + 5*patches)
     paint(lesion, hu['lesion'] + 9*grain)
     thick = lambda a: a.reshape(nz, fine, ny, nx).mean(1)  # a slice sees the mean over its thickness
     image, air = thick(image), 1 - thick(body)
     label = _decide([thick(organ*(1-lesion)), thick(lesion), thick(other*(1-organ))])
     noise = ndimage.gaussian_filter(rng.standard_normal(image.shape, np.float32), (0, .6, .6))
-    image += noise*np.float32(rng.uniform(12, 24)/noise.std())*(1 - np.float32(.9)*air)
+    image += noise*np.float32(rng.uniform(9, 17)/noise.std())*(1 - np.float32(.9)*air)
     return Case(identifier, np.clip(np.round(image), -1024, 3071)[None], label, _geometry(rng, (nz, ny, nx), (thickness, .8, .8), oblique), ())
 
 def _geometry(rng, shape, spacing, oblique=False):
