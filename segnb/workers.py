@@ -7,8 +7,8 @@ __all__ = ['OutputError', 'JsonError', 'WorkerError', 'default_workers', 'parall
            'check_writable']
 
 # %% ../nbs/13_workers.ipynb #52ad43f4
-import contextlib, hashlib, json, math, multiprocessing, operator, os, pickle, re, shutil, signal, sys, tempfile, threading
-import multiprocessing.connection, traceback as tracebacks
+import contextlib, hashlib, json, math, operator, os, pickle, re, shutil, signal, sys, tempfile, threading
+import multiprocessing, multiprocessing.connection, traceback as tracebacks
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -43,7 +43,7 @@ def _number_in(file, field=0):
 def _usable_cores():
     "Cores this process may use: its affinity, and its container's quota"
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    quota = _number_in('/sys/fs/cgroup/cpu.max') / _number_in('/sys/fs/cgroup/cpu.max', 1) if Path('/sys/fs/cgroup/cpu.max').exists() else math.inf
+    quota = _number_in('/sys/fs/cgroup/cpu.max')/_number_in('/sys/fs/cgroup/cpu.max', 1)  # nan where there is no container
     return allowed if math.isnan(quota) else max(1, min(allowed, quota))
 
 def _usable_bytes():
@@ -61,7 +61,8 @@ def default_workers(
     return max(1, int(min(_usable_cores(), _usable_bytes()//bytes_each, most)))
 
 # %% ../nbs/13_workers.ipynb #256cbe3c
-_held, _busy = None, False  # in a worker: shared array, task index -> process id that took it; whether a task runs now
+_held = None   # in a worker: shared array, task index -> process id that took it
+_busy = False  # in a worker: whether a task runs now
 
 def _stop_task(*_):
     "Leave the task so that it cleans up; leave the process for certain"
@@ -108,7 +109,7 @@ def _short(names, most=8):
 
 def _failure(step, name, what, unfinished, total, tb=''):
     "A WorkerError whose message holds all one needs"
-    text = f"{step}: {name} failed: {what}\n{total-len(unfinished)} of {total} tasks are done; without a result: {_short(unfinished)}"
+    text = f'{step}: {name} failed: {what}\n{total-len(unfinished)} of {total} tasks are done; without a result: {_short(unfinished)}'
     return WorkerError(text + (f"\nTraceback of the worker:\n{tb}" if tb else ''), name, tb, unfinished)
 
 def _refusal(error, step, name, tb=''):
@@ -118,17 +119,20 @@ def _refusal(error, step, name, tb=''):
     if tb: error.add_note(f'Traceback of the worker:\n{tb}')
     return error
 
+_HINTS = {-9: 'The system does this when memory runs out: use fewer workers, or free memory.', 143: 'Something outside asked it to end.'}
+_NEVER_BEGAN = ("it ended before it took a task. A script that starts workers needs `if __name__ == '__main__':`, "
+                'and what it sends to them must be importable')
+
 def _death(step, names, unfinished, held, workers):
     "A WorkerError that names the task whose worker was killed"
     running = [i for i in unfinished if held[i]]
     code = {i: workers[held[i]].exitcode for i in running if held[i] in workers}
     culprits = [i for i in running if code.get(i) not in (None, 0, 143, -signal.SIGTERM)] or running
     rest = [names[i] for i in unfinished]
-    if not culprits: return _failure(step, 'a worker', 'it ended before it took a task', rest, len(names))
+    if not culprits: return _failure(step, 'a worker', _NEVER_BEGAN, rest, len(names))
     n = code.get(culprits[0])
     how = f'was killed by {signal.Signals(-n).name}' if n and n < 0 else f'ended with exit code {n}'
-    hint = {-9: 'The system does this when memory runs out: use fewer workers, or free memory.', 143: 'Something outside asked it to end.'}.get(
-        n, 'A crash in compiled code looks like this: run with n_workers=0 to see where.')
+    hint = _HINTS.get(n, 'A crash in compiled code looks like this: run with n_workers=0 to see where.')
     return _failure(step, _short([names[i] for i in culprits]), f'its worker {how}. {hint}', rest, len(names))
 
 # %% ../nbs/13_workers.ipynb #9bec1b97
@@ -148,10 +152,13 @@ def _in_process(fn, tasks, names, step, bar):
         for name, task in zip(names, tasks):
             try: results.append(fn(task))
             except SegnbError as e: raise _refusal(e, step, name)
-            except Exception as e: raise _failure(step, name, f'{type(e).__name__}: {e}', names[len(results):], len(names), tracebacks.format_exc()) from e
+            except Exception as e:
+                what, missing = f'{type(e).__name__}: {e}', names[len(results):]
+                raise _failure(step, name, what, missing, len(names), tracebacks.format_exc()) from e
             bar.update()
     return results
 
+# %% ../nbs/13_workers.ipynb #0b4a9382
 def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
     "Run the tasks in processes; the first failure ends all"
     context, before = multiprocessing.get_context(start_method), set(multiprocessing.active_children())
@@ -166,8 +173,10 @@ def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
             try: kind, value, tb = future.result()
             except BrokenProcessPool:
                 for p in workers.values(): p.join(2)
-                raise _death(step, names, [j for j in range(len(names)) if j not in results], held, workers) from None
-            except Exception as e: raise _failure(step, names[i], f'task or result cannot travel between processes: {e}', missing, len(names)) from e
+                unfinished = [j for j in range(len(names)) if j not in results]
+                raise _death(step, names, unfinished, held, workers) from None
+            except Exception as e:
+                raise _failure(step, names[i], f'task or result cannot travel between processes: {e}', missing, len(names)) from e
             if kind == 'refused': raise _refusal(value, step, names[i], tb)
             if kind == 'failed': raise _failure(step, names[i], value, missing, len(names), tb)
             results[i] = value
@@ -178,7 +187,7 @@ def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
     pool.shutdown()
     return [results[i] for i in range(len(tasks))]
 
-# %% ../nbs/13_workers.ipynb #0b4a9382
+# %% ../nbs/13_workers.ipynb #dec1e857
 def parallel_map(
     fn,                    # Function of one task; with workers it must be defined at the top level of a module
     tasks,                 # What `fn` gets, one after the other
@@ -188,7 +197,7 @@ def parallel_map(
     progress=True,         # A bar with a time estimate on stderr: True on a terminal, 'always', or False
     start_method:str=None, # 'fork', 'spawn' or 'forkserver'; None: the platform's own
 )->list:                   # Results in the order of `tasks`
-    "Apply `fn` to every task in worker processes; raise `WorkerError`, or the `SegnbError` of a task, at the first failure"
+    "Apply `fn` to every task in processes; raise `WorkerError`, or the `SegnbError` of a task, at the first failure"
     tasks = list(tasks)
     names = [str(n) for n in names] if names is not None else \
             [str(t) if isinstance(t, (str, int, Path)) else f'task {i}' for i, t in enumerate(tasks)]
@@ -199,7 +208,8 @@ def parallel_map(
     with tqdm(total=len(tasks), desc=step, disable=hidden, file=sys.stderr) as bar:
         if n_workers == 0: return _in_process(fn, tasks, names, step, bar)
         try: fn = pickle.dumps(fn)
-        except Exception as e: raise WorkerError(f'{step}: {fn} cannot be sent to a worker ({e}); define it at the top level of a module, or use n_workers=0') from e
+        except Exception as e:
+            raise WorkerError(f'{step}: {fn} cannot be sent to a worker ({e}); define it at the top level of a module, or use n_workers=0') from e
         return _in_workers(fn, tasks, n_workers, names, step, bar, start_method)
 
 # %% ../nbs/13_workers.ipynb #7333ac4b
@@ -215,8 +225,8 @@ def keyed_rng(
 def _plain(x, where):
     "`x` as JSON has it; raises TypeError with the place of what JSON cannot hold"
     if isinstance(x, dict): return {str(_plain(k, where)): _plain(v, f'{where}/{k}') for k, v in x.items()}
-    if isinstance(x, (list, tuple, np.ndarray)) and np.ndim(x) + isinstance(x, (list, tuple)): return [_plain(v, f'{where}/{i}') for i, v in enumerate(x)]
-    if isinstance(x, (np.generic, np.ndarray)): return x.item()
+    if isinstance(x, (np.generic, np.ndarray)): return _plain(x.tolist(), where)
+    if isinstance(x, (list, tuple)): return [_plain(v, f'{where}/{i}') for i, v in enumerate(x)]
     if x is None or isinstance(x, (str, bool, int, float)): return x
     if isinstance(x, Path): return str(x)
     raise TypeError(f'{where}: JSON cannot hold a {type(x).__name__}')
@@ -228,7 +238,8 @@ def write_json(
 ):
     "Write `obj` as JSON that appears whole or not at all"
     text = json.dumps(_plain(obj, Path(file).name), indent=2, ensure_ascii=False)
-    text = re.sub(r'\[\n\s*([^\[\]{}"]*?)\n\s*\]', lambda m: '[' + re.sub(r'\n\s*', ' ', m[1]) + ']', text)  # number lists on one line
+    numbers = r'\[\n\s*([^\[\]{}"]*?)\n\s*\]'  # a list of numbers goes on one line
+    text = re.sub(numbers, lambda m: '[' + re.sub(r'\n\s*', ' ', m[1]) + ']', text)
     with whole_file(file) as part: Path(part).write_text(text + '\n', encoding='utf-8')
 
 def read_json(
@@ -238,9 +249,11 @@ def read_json(
     try: return json.loads(Path(file).read_text(encoding='utf-8'))
     except FileNotFoundError: raise JsonError('there is no such file', file=file) from None
     except OSError as e: raise JsonError('the file cannot be read', file=file, found=e.strerror) from None
-    except UnicodeDecodeError as e: raise JsonError('JSON must be UTF-8 text', file=file, found=f'byte {e.object[e.start]:#x} at position {e.start}', fix='save it as UTF-8') from None
+    except UnicodeDecodeError as e:
+        raise JsonError('JSON must be UTF-8 text', file=file, found=f'byte {e.object[e.start]:#x} at {e.start}', fix='save it as UTF-8') from None
     except json.JSONDecodeError as e:
-        raise JsonError('this is not valid JSON', file=file, found=f'line {e.lineno}, column {e.colno}: {e.msg}', fix='correct the file there, or make it again') from None
+        raise JsonError('this is not valid JSON', file=file, found=f'line {e.lineno}, column {e.colno}: {e.msg}',
+                        fix='correct the file there, or make it again') from None
 
 # %% ../nbs/13_workers.ipynb #20ccae95
 def check_writable(
@@ -252,8 +265,10 @@ def check_writable(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe: probe.write(b'segnb')
-    except OSError as e: raise OutputError('results cannot be written here', file=folder, found=e.strerror, fix='choose another folder, or ask for permission') from None
+    except OSError as e:
+        raise OutputError('results cannot be written here', file=folder, found=e.strerror, fix='choose another folder, or ask for permission') from None
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise OutputError('too little space', file=folder, found=f'{free/1e9:.2f} GB free', expected=f'{needed_bytes/1e9:.2f} GB', fix='free some, or choose another folder')
+        raise OutputError('too little space', file=folder, found=f'{free/1e9:.2f} GB free', expected=f'{needed_bytes/1e9:.2f} GB',
+                          fix='free some, or choose another folder')
     return folder
