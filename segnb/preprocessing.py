@@ -162,9 +162,9 @@ def _source(dataset, case):
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.exists()}
 
 
-def _unfinished(dataset, plans, out, configuration):
+def _unfinished(dataset, out, configuration, identity):
     # the cases still to do; refuses a folder with cases of other plans or of no data set
-    identity, cases = preprocessing_identity(plans, configuration), load_preprocessed(out/configuration)
+    cases = load_preprocessed(out/configuration)
     foreign = [c for c in cases if c not in dataset.cases]
     if foreign: raise PreprocessingError('the folder holds cases that are not in the data set', file=out/configuration, found=', '.join(foreign[:5]), fix='choose another folder, or delete them')
     other = [c for c, one in cases.items() if one.properties.get('preprocessing') != identity]
@@ -188,12 +188,12 @@ def _link_truth(dataset, case, folder):
         except OSError: shutil.copy(source, part)
 
 
-def _preprocess_one(case, dataset, plans, out, missing):
+def _preprocess_one(case, dataset, plans, out, missing, identities):
     one = dataset.read(case)
     _link_truth(dataset, case, out/'gt_segmentations')
     for configuration in (name for name, cases in missing.items() if case in cases):
         data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, configuration, case, one.geometry)
-        properties.update(preprocessing=preprocessing_identity(plans, configuration), source=_source(dataset, case))
+        properties.update(preprocessing=identities[configuration], source=_source(dataset, case))
         save_preprocessed(data, seg, properties, out/configuration, case)
 
 # %% ../nbs/32_preprocessing.ipynb #2f973e3c
@@ -211,7 +211,8 @@ def preprocess_dataset(
         raise PreprocessingError('the plans were made for other data', file=dataset.folder, found=f'channels {dataset.channels}, labels {dataset.labels.foreground}',
                                  expected=f'{plans.channels} and {plans.labels}', fix='plan this data set')
     for folder in (*configurations, 'gt_segmentations'): check_writable(out/folder)
-    missing = {name: _unfinished(dataset, plans, out, name) for name in configurations}
+    identities = {name: preprocessing_identity(plans, name) for name in configurations}
+    missing = {name: set(_unfinished(dataset, out, name, identities[name])) for name in configurations}
     cases = [c for c in dataset.cases if any(c in todo for todo in missing.values())]
     size = {c: sum(_expected_bytes(dataset, plans, planned[name], c) for name, todo in missing.items() if c in todo) for c in cases}
     check_writable(out, sum(size.values()))
@@ -219,6 +220,6 @@ def preprocess_dataset(
     known = read_json(out/'dataset.json') if (out/'dataset.json').exists() else {}
     write_json({**known, **dataset.json}, out/'dataset.json')   # keeps what planning may have noted there
     if n_workers is None: n_workers = 0 if sum(size.values()) < 5e7 else default_workers(10 * max(size.values()))
-    run = partial(_preprocess_one, dataset=dataset, plans=plans, out=out, missing={name: set(todo) for name, todo in missing.items()})
+    run = partial(_preprocess_one, dataset=dataset, plans=plans, out=out, missing=missing, identities=identities)
     parallel_map(run, cases, n_workers, names=cases, step='preprocessing')
     return tuple(cases)

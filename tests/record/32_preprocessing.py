@@ -71,6 +71,9 @@ def record(name, work):
     out['transpose_forward'], out['transpose_backward'] = planner.plans['transpose_forward'], planner.plans['transpose_backward']
     out['schemes'] = np.array([planner.plans['normalization_schemes'][c] for c in range(len(TASKS[name][0]))])
     out['use_mask'] = np.array([planner.plans['use_mask_for_norm'][c] for c in range(len(TASKS[name][0]))])
+    found = planner.plans['dataset_properties']['intensityproperties'] or {}
+    keys = ('mean', 'sd', 'median', 'percentile_00_5', 'percentile_99_5')
+    out['intensities'] = json.dumps({int(c): {k: float(p[k]) for k in keys} for c, p in found.items()})
     for i in range(3):
         file = done / f"{planner.plans['data_identifier']}_stage{stage}" / f'c{i}'
         both = np.load(f'{file}.npz')['data']
