@@ -19,6 +19,12 @@ KEYS = dict(patch_size='patch_size', batch_size='batch_size', spacing='current_s
 def rows(table): return [r.tolist() for r in table if r.any()]
 
 
+def known(name):
+    d = NAMED['data sets'][name]
+    spacings, shapes = ((d[k] * d['n_cases'])[:d['n_cases']] for k in ('spacings', 'shapes'))
+    return Fingerprint(spacings, shapes, d['channels'], d['labels'])
+
+
 def fingerprint(i):
     r, n = RECORDED, int(RECORDED['repeats'][i])
     return Fingerprint(np.tile(r['spacings'][i], (n, 1)), np.tile(r['shapes'][i], (n, 1)), ['MRI']*int(r['channels'][i]), range(1, int(r['labels'][i]) + 1))
@@ -53,24 +59,20 @@ def test_exactly_four_patches_are_planned_where_the_original_crashes(plans):
     crashed = np.flatnonzero(RECORDED['stages'] == 0)
     assert len(crashed)
     for i in crashed:
-        assert plans[i].trace['seen'] == 4 and list(plans[i].configurations) == ['3d_fullres']
+        assert plans[i].trace['patches_per_case'] == 4 and list(plans[i].configurations) == ['3d_fullres']
 
 
 @pytest.mark.parametrize('name', NAMED['data sets'])
 def test_known_data_sets(name):
-    d = NAMED['data sets'][name]
-    shapes = (d['shapes'] * d['n_cases'])[:d['n_cases']]
-    p = plan_experiment(Fingerprint([d['spacing']]*d['n_cases'], shapes, d['channels'], d['labels']))
+    d, p = NAMED['data sets'][name], plan_experiment(known(name))
     ours = [c.to_dict() for c in p.configurations.values()]
     assert [{k: c[k] for k in KEYS} for c in ours] == [{k: s[v] for k, v in KEYS.items()} for s in d['stages']]
 
 
 def test_published_plans():
-    find = lambda name: plan_experiment(Fingerprint([NAMED['data sets'][name]['spacing']]*(n := NAMED['data sets'][name]['n_cases']),
-                        (NAMED['data sets'][name]['shapes']*n)[:n], NAMED['data sets'][name]['channels'], NAMED['data sets'][name]['labels']))
     for name, which, patch, batch, pools in [('Hippocampus, 260 cases', '3d_fullres', (40, 56, 40), 9, (3, 3, 3)), ('Hippocampus, 200 cases', '3d_fullres', (40, 56, 40), 7, (3, 3, 3)),
                                              ('BraTS 2020', '3d_fullres', (128, 128, 128), 2, (5, 5, 5)), ('Pancreas CT (NIH)', '3d_lowres', (80, 192, 160), 2, (4, 5, 5))]:
-        c = find(name).configuration(which)
+        c = plan_experiment(known(name)).configuration(which)
         assert (c.patch_size, c.batch_size, c.num_pool_per_axis) == (patch, batch, pools), name
 
 

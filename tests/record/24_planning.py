@@ -7,6 +7,7 @@ import contextlib, io, json, os, pickle, sys, tempfile
 from pathlib import Path
 
 import numpy as np
+import SimpleITK as sitk
 
 work = Path(tempfile.mkdtemp())
 for name in ('nnUNet_raw_data_base', 'nnUNet_preprocessed', 'RESULTS_FOLDER'): os.environ[name] = str(work/name)
@@ -77,11 +78,14 @@ SETS = {'Hippocampus, 260 cases': ([(1, 1, 1)]*260, [(36, 50, 35)]*260, ['MRI'],
         'BraTS 2020': ([(1, 1, 1)]*369, [(138, 169, 138)]*369, ['FLAIR', 'T1', 'T1c', 'T2'], 3),
         'Pancreas CT (NIH)': ([(1, .859375, .859375)]*82, [(215, 512, 512), (216, 512, 512)]*41, ['CT'], 1),
         'Liver': ([(1, .767578125, .767578125)]*131, [(482, 512, 512)]*131, ['CT'], 2)}
+headers = [sitk.ReadImage(str(f)) for f in sorted(Path(__file__).resolve().parents[2].glob('data_samples/Task101_PhantomCT/imagesTr/*.nii.gz'))]
+SETS['CT phantom'] = [h.GetSpacing()[::-1] for h in headers], [h.GetSize()[::-1] for h in headers], ['CT'], 3   # its air is not zero: not cropped
 plain = lambda v: {str(k): plain(x) for k, x in v.items()} if isinstance(v, dict) else [plain(x) for x in v] if isinstance(v, (list, tuple, np.ndarray)) else v.item() if isinstance(v, np.generic) else v
 named = {}
 for name, (spacings, shapes, channels, labels) in SETS.items():
     p = plan(spacings, shapes, channels, range(1, labels + 1))
-    named[name] = dict(spacing=spacings[0], shapes=shapes[:2], n_cases=len(shapes), channels=channels, labels=list(range(1, labels + 1)), stages=[p.plans_per_stage[k] for k in sorted(p.plans_per_stage)])
+    k = len(shapes) if name == 'CT phantom' else 2                                   # the others repeat after two cases
+    named[name] = dict(spacings=spacings[:k], shapes=shapes[:k], n_cases=len(shapes), channels=channels, labels=list(range(1, labels + 1)), stages=[p.plans_per_stage[k] for k in sorted(p.plans_per_stage)])
 names, reductions = ['CT', 'ct', 'MRI', 'T2', 'noNorm', 'SPECT', 'CT2'], [.3, .74, .75, .76, 1.]
 norm = []
 for r in reductions:
