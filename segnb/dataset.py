@@ -85,15 +85,20 @@ def _channels(json, file):
         raise DatasetError('channels must be numbered "0", "1", ... and have names', file=file, found=named, expected='{"0": "CT"} or {"0": "T1", "1": "T2"}')
     return tuple(named[str(i)] for i in range(len(named)))
 
-def _identifiers(entries, file, ending, part):
-    "Turn the entries of `training` or `test` into case identifiers"
+def _identifiers(entries, file, ending):
+    "Turn the entries of `training` ({image, label}) or `test` (image) into case identifiers"
     cases = []
     for e in entries:
-        name = e.get(part, e.get('image')) if isinstance(e, dict) else e
-        if not isinstance(name, str) or not name.endswith(ending):
-            raise DatasetError('an entry does not name a file of this data set', file=file, found=repr(e)[:120], expected=f'a path that ends in {ending}')
-        cases.append(Path(name).name[:-len(ending)])
-    if twice := sorted({c for c in cases if cases.count(c) > 1}): raise DatasetError('cases are listed twice', file=file, found=', '.join(twice))
+        names = [e.get('label', e.get('image')), e.get('image')] if isinstance(e, dict) else [e]
+        if not all(isinstance(n, str) and n.endswith(ending) for n in names):
+            raise DatasetError('an entry does not name files of this data set', file=file, found=repr(e)[:120],
+                               expected=f'paths that end in {ending}', fix='correct it, or declare another file_ending')
+        case, *image = [Path(n).name[:-len(ending)] for n in names]
+        if image not in ([], [case], [f'{case}_0000']):
+            raise DatasetError('image and label of an entry belong to different cases', file=file, found=repr(e)[:120])
+        cases.append(case)
+    if twice := sorted({c for c in cases if cases.count(c) > 1}):
+        raise DatasetError('cases are listed twice', file=file, found=', '.join(twice))
     return tuple(sorted(cases))
 
 # %% ../nbs/14_dataset.ipynb #27891ee3
@@ -118,7 +123,7 @@ class Dataset:
     def _cases(self, key, folder, file):
         "List cases from dataset.json, or from the folder where dataset.json does not"
         if key in self.json:
-            return _identifiers(_key(self.json, file, (key,), list), file, self.file_ending, 'label')
+            return _identifiers(_key(self.json, file, (key,), list), file, self.file_ending)
         if key == 'test': return tuple(find_cases(self.folder/folder, len(self.channels), self.file_ending)) if (self.folder/folder).is_dir() else ()
         return tuple(n[:-len(self.file_ending)] for n in _listing(self.folder/folder, self.file_ending))
 
@@ -155,7 +160,7 @@ class Dataset:
         return Case(case, image, label, geometry, tuple(files))
 
 # %% ../nbs/14_dataset.ipynb #d92a4c90
-def _grid_findings(dataset, case, files):
+def _grid_findings(case, files):
     "Compare the grids of the files of a case, from the headers alone"
     out, first = [], None
     for file in files:
@@ -166,32 +171,40 @@ def _grid_findings(dataset, case, files):
                                  fix='resample it, or correct its header')) for d in geometry.differences(first[1])]
     return out
 
-def _image_findings(case, files, n_channels):
-    "Read the images of a case one by one: damage, NaN, infinity, nothing but zeros"
-    out, found, filled = [], 0, False
+def _image_findings(case, files, channels):
+    "Read the images of a case one by one: damage, NaN, infinity, nothing but zeros, too many or too few channels"
+    out, count, filled = [], 0, False
     for file in files:
         try: image, _ = read_image(file)
-        except ImageError as e: out.append(f'case {case}, {e}'); filled = True; continue
-        found, filled = found + len(image), filled or image.any()
+        except ImageError as e:
+            out.append(f'case {case}, {e}')
+            count = filled = np.nan  # cannot be known
+            continue
+        count, filled = count + len(image), filled or image.any()
         if n := int((~np.isfinite(image)).sum()):
             at = tuple(int(i) for i in np.argwhere(~np.isfinite(image))[0][1:])
-            out.append(str(DatasetError('voxels that are not numbers', case=case, file=file, found=f'{n} NaN or infinite, the first at (z, y, x) = {at}', expected='finite values',
-                                        fix='replace them, for instance by the value of air')))
-    if not filled: out.append(str(DatasetError('the image is zero everywhere', case=case, file=files[0], fix='export it again or leave the case out')))
-    if not out and found != n_channels: out.append(str(DatasetError('wrong number of channels', case=case, file=files[0], found=found, expected=n_channels)))
+            out.append(str(DatasetError('voxels that are not numbers', case=case, file=file, found=f'{n} NaN or infinite, the first at (z, y, x) = {at}',
+                                        expected='finite values', fix='replace them, for instance by the value of air')))
+    if files and not filled:
+        out.append(str(DatasetError('the image is zero everywhere', case=case, file=files[0], fix='export it again or leave the case out')))
+    if channels and count == count and count != len(channels):
+        out.append(str(DatasetError('wrong number of channels', case=case, file=files[0], found=count, expected=f'{len(channels)}: {", ".join(channels)}')))
     return out
 
 # %% ../nbs/14_dataset.ipynb #cd96323c
 def _case_findings(job):
     "Examine one case: (data set, identifier) -> list of sentences"
     dataset, case = job
-    files, label = dataset.image_files(case), dataset.label_file(case) if case in dataset.cases else None
-    out = [str(DatasetError('a file is missing', case=case, file=f, expected=f'channel {i} ({dataset.channels[i]})')) for i, f in enumerate(files) if not f.exists()]
-    files = [f for f in files if f.exists()]
-    if label and not label.exists(): out.append(str(DatasetError('the label map is missing', case=case, file=label)))
-    out += _grid_findings(dataset, case, files + ([label] if label and label.exists() else []))
-    if files: out += _image_findings(case, files, len(dataset.channels) if not out else None)
-    if label and label.exists():
+    expected, label = dataset.image_files(case), dataset.label_file(case)
+    files = [f for f in expected if f.exists()]
+    out = [str(DatasetError('a file is missing', case=case, file=f, expected=f'channel {i} ({dataset.channels[i]})')) for i, f in enumerate(expected) if f not in files]
+    if case not in dataset.cases: label = None
+    elif not label.exists():
+        out.append(str(DatasetError('the label map is missing', case=case, file=label, fix='add it, or take the case out of dataset.json')))
+        label = None
+    out += _grid_findings(case, files + [label] * (label is not None))
+    out += _image_findings(case, files, dataset.channels if files == expected else None)
+    if label:
         try: dataset.labels.check(read_label_map(label)[0], case, label)
         except LabelError as e: out.append(str(e))
         except ImageError as e: out.append(f'case {case}, {e}')
@@ -200,11 +213,11 @@ def _case_findings(job):
 def _surplus(dataset):
     "List files that belong to no case of dataset.json"
     out = []
-    for part, cases in (('imagesTr', dataset.cases), ('imagesTs', dataset.test_cases), ('labelsTr', dataset.cases)):
+    for part, cases in (('imagesTr', dataset.cases), ('labelsTr', dataset.cases), ('imagesTs', dataset.test_cases)):
         known = {dataset.label_file(c).name for c in cases} if part == 'labelsTr' else {f.name for c in cases for f in dataset.image_files(c)}
-        if part == 'imagesTs' and not cases: continue
-        out += [str(DatasetError('a file that belongs to no case of dataset.json', file=dataset.folder/part/n, fix='list its case, or move it away'))
-                for n in _listing(dataset.folder/part, dataset.file_ending) if n not in known]
+        if cases or part != 'imagesTs':  # test images need not be listed
+            out += [str(DatasetError('a file that belongs to no case of dataset.json', file=dataset.folder/part/n, fix='list its case, or move it away'))
+                    for n in _listing(dataset.folder/part, dataset.file_ending) if n not in known]
     return out
 
 # %% ../nbs/14_dataset.ipynb #bfd740a2
