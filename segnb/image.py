@@ -45,8 +45,8 @@ class Geometry:
     def __post_init__(self):
         for name, kind in (('spacing', float), ('origin', float), ('direction', float), ('shape', int)):
             object.__setattr__(self, name, tuple(kind(v) for v in getattr(self, name)))
-        if [len(v) for v in (self.spacing, self.origin, self.direction, self.shape)] != [3, 3, 9, 3] or not min(self.spacing) > 0:
-            raise ImageError('not a geometry', found=self, expected='3 spacings above 0, 3 numbers of origin, 9 of direction, 3 sizes')
+        if [*map(len, (self.spacing, self.origin, self.direction, self.shape))] != [3, 3, 9, 3] or not min(self.spacing) > 0:
+            raise ImageError('not a geometry', found=self, expected='3 spacings above 0, origin of 3, direction of 9, shape of 3')
 
     def to_world(self,
         index,  # (z, y, x) voxel index; fractions allowed
@@ -68,8 +68,7 @@ class Geometry:
             ('origin', ' mm', np.abs(np.subtract(self.origin, other.origin)).max() / mm.min()),
             ('direction', '', cosines * n)):
             if not np.max(apart) <= tolerance:
-                out.append(f'{name} {getattr(self, name)}{unit} instead of {getattr(other, name)}{unit}, '
-                           f'up to {np.max(apart):.3g} voxels apart')
+                out.append(f'{name} {getattr(self, name)}{unit} instead of {getattr(other, name)}{unit}, up to {np.max(apart):.3g} voxels apart')
         return out
 
     def to_dict(self)->dict:  # Plain numbers and lists, ready for JSON
@@ -77,9 +76,7 @@ class Geometry:
         return {k: list(getattr(self, k)) for k in ('spacing', 'origin', 'direction', 'shape')}
 
     @classmethod
-    def from_dict(cls,
-        d:dict,     # What `to_dict` gave
-    ):
+    def from_dict(cls, d:dict):  # `d` is what `to_dict` gave
         "Rebuild from `to_dict`"
         return cls(**{k: d[k] for k in ('spacing', 'origin', 'direction', 'shape')})
 
@@ -132,13 +129,13 @@ def _nifti_layout(head):
     "Read from a NIfTI header where the voxels start, how many bytes there must be, and their type if it is a float"
     end = '<' if head[:4] in (b'\x5c\1\0\0', b'\x1c\2\0\0') else '>'
     second = struct.unpack_from(end + 'i', head)[0] == 540
-    dim, kind, bits, start = [struct.unpack_from(end + k, head, at) for k, at in
-                              ((('8q', 16), ('h', 12), ('h', 14), ('q', 168)) if second else (('8h', 40), ('h', 70), ('h', 72), ('f', 108)))]
+    places = (('8q', 16), ('h', 12), ('h', 14), ('q', 168)) if second else (('8h', 40), ('h', 70), ('h', 72), ('f', 108))
+    dim, kind, bits, start = [struct.unpack_from(end + k, head, at) for k, at in places]
     voxels = np.prod([max(n, 1) for n in dim[1:dim[0] + 1]], dtype=np.int64)
     return int(start[0]), int(start[0]) + int(voxels) * bits[0] // 8, {16: end + 'f4', 64: end + 'f8'}.get(kind[0])
 
 def _scan_nifti(file):
-    "Read a NIfTI file to its end: bytes it has, bytes it needs, and [(voxels, values)] of NaN and infinity, which SimpleITK replaces"
+    "Read a NIfTI file to its end: bytes it has, bytes it needs, [(voxels, values)] of NaN and infinity"
     has, needs, kind, rest, seen, strange = 0, 1, None, b'', 0, []
     for chunk in _unpacked(file):
         if not has: start, needs, kind = _nifti_layout(chunk)
@@ -156,7 +153,7 @@ def _scan_tiff(file):
     b = file.read_bytes()
     end, big = '<' if b[:2] == b'II' else '>', b[2:4] in (b'+\0', b'\0+')
     one, many, entry = ('Q', 'Q', 20) if big else ('I', 'H', 12)
-    room, bytes_of = struct.calcsize(one), (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)  # bytes of each type of value
+    room, bytes_of = struct.calcsize(one), (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)  # by type of value
     def number(kind, at): return struct.unpack_from(end + kind, b, at)[0]
     last, at = 8, number(one, 8 if big else 4)
     while at:
@@ -166,21 +163,21 @@ def _scan_tiff(file):
             if count * bytes_of[kind] > room: value = number(one, value)  # too long to stand in the entry
             tags[number('H', p)] = kind, count, value
             last = max(last, value + count * bytes_of[kind])
-        starts, sizes = [struct.unpack_from(f'{end}{tags[t][1]}{ {3: "H", 4: "I", 16: "Q"}[tags[t][0]] }', b, tags[t][2])
-                         for t in ((273, 279) if 273 in tags else (324, 325))]  # strips or tiles
+        starts, sizes = [struct.unpack_from(f'{end}{count}{ {3: "H", 4: "I", 16: "Q"}[kind] }', b, value)
+                         for kind, count, value in (tags[t] for t in ((273, 279) if 273 in tags else (324, 325)))]  # strips or tiles
         at = number(one, first + n * entry)
         last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
     return len(b), last, []
 
 def _scan(file):
-    "Raise ImageError for a NIfTI or TIFF file that SimpleITK would read although it ends early or is damaged; give [(voxels, NaN or infinity)]"
-    name = file.name.lower()
+    "Refuse a NIfTI or TIFF file that is damaged or ends early, which SimpleITK would read; give [(voxels, NaN or infinity)]"
+    name, told = file.name.lower(), dict(file=file, fix='copy or download it again')
     scan = _scan_nifti if name.endswith(('.nii', '.nii.gz')) else _scan_tiff if name.endswith(('.tif', '.tiff')) else None
     if not scan or not file.is_file(): return []
     try: has, needs, strange = scan(file)
     except (zlib.error, struct.error, KeyError, IndexError) as e:
-        raise ImageError('the file is damaged or cut short', file=file, found=e, fix='copy or download it again') from None
-    if has < needs: raise ImageError('the file is cut short', file=file, found=f'{has} bytes', expected=f'{needs} bytes', fix='copy or download it again')
+        raise ImageError('the file is damaged or cut short', found=e, **told) from None
+    if has < needs: raise ImageError('the file is cut short', found=f'{has} bytes', expected=f'{needs} bytes', **told)
     return strange
 
 # %% ../nbs/10_image.ipynb #04dab93b
@@ -189,17 +186,19 @@ def _open(file):
     file = Path(file)
     if not file.is_file(): raise ImageError('there is no such file', file=file, fix='check the path and the file ending')
     if file.name.endswith('.nii.gz') and (twin := file.with_suffix('')).exists():
-        raise ImageError('two files with one name', file=file, found=f'{twin.name} beside it', fix=f'move {twin.name} away: SimpleITK would read its voxels instead')
+        raise ImageError('two files with one name', file=file, found=f'{twin.name} beside it',
+                         fix=f'move {twin.name} away: SimpleITK would read its voxels instead')
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(file))
     try: reader.ReadImageInformation()
-    except RuntimeError as e: raise ImageError('this is not an image that SimpleITK can read', file=file, found=_reason(e)) from None
+    except RuntimeError as e:
+        raise ImageError('this is not an image that SimpleITK can read', file=file, found=_reason(e)) from None
     size, parts = reader.GetSize(), reader.GetNumberOfComponents()
     if len(size) not in (2, 3):
-        raise ImageError('wrong number of axes', file=file, found=f'size {size} in the order x, y, z, ...', expected='2 or 3 axes',
+        raise ImageError('wrong number of axes', file=file, found=f'size {size} (x, y, z, ...)', expected='2 or 3 axes',
                          fix='store each channel or time point as a 3D file of its own')
     if parts not in (1, 3):
-        raise ImageError('wrong number of values per voxel', file=file, found=f'{parts} (grey or colour with transparency?)' if parts in (2, 4) else parts,
+        raise ImageError('wrong number of values per voxel', file=file, found=f'{parts} (with transparency?)' if parts in (2, 4) else parts,
                          expected='1 (grey) or 3 (colour)', fix='save it without the transparency channel')
     return reader
 
@@ -227,10 +226,12 @@ def _read(file):
         strange = _scan(file)
         reader = _open(file)
         try: image = reader.Execute()
-        except RuntimeError as e: raise ImageError('the voxels cannot be read', file=file, found=_reason(e), fix='the file may be cut short: copy or download it again') from None
+        except RuntimeError as e:
+            raise ImageError('the voxels cannot be read', file=file, found=_reason(e),
+                             fix='the file may be cut short: copy or download it again') from None
     geometry = _geometry(image, file)
     array = sitk.GetArrayFromImage(image).reshape(*geometry.shape, image.GetNumberOfComponentsPerPixel())
-    if np.iscomplexobj(array): raise ImageError('complex voxels', file=file, found=image.GetPixelIDTypeAsString(), expected='real numbers', fix='store the magnitude')
+    if np.iscomplexobj(array): raise ImageError('complex voxels', file=file, expected='real numbers', fix='store the magnitude')
     for at, values in strange: array.reshape(-1)[at] = values
     return np.moveaxis(array, -1, 0), geometry
 
@@ -263,13 +264,13 @@ def read_label_map(
     array = array[0]
     with np.errstate(invalid='ignore'): labels = array.astype(np.int16)
     if not np.can_cast(array.dtype, np.int16) and (wrong := array[array != labels]).size:
-        raise ImageError('labels must be whole numbers from -32768 to 32767', file=file, found=f'{wrong[0]} and {wrong.size - 1} other voxels like it',
+        raise ImageError('labels must be whole numbers from -32768 to 32767', file=file, found=f'{wrong[0]}, {wrong.size} such voxels in all',
                          fix='was the label map interpolated? export it again without interpolation')
     return labels, geometry
 
 # %% ../nbs/10_image.ipynb #f0854410
 def _steps(geometry, kind):
-    "Step vectors (file axis, world mm) in a header's float type that a reader normalises back to exactly this direction, where such exist"
+    "Steps (file axis, world mm) as a header stores them, such that a reader gets exactly this direction back"
     near, out = np.stack(np.meshgrid(*[np.arange(-3, 4)] * 3), -1).reshape(-1, 3), []
     for cosines, mm in zip(np.reshape(geometry.direction, (3, 3)).T, geometry.spacing[::-1]):
         step = (cosines * mm).astype(kind)
@@ -282,12 +283,13 @@ def _steps(geometry, kind):
     return np.array(out)
 
 def _exact_header(data, geometry, name):
-    "Put the direction into a NIfTI or NRRD header to the last bit; SimpleITK loses that bit when axes are oblique"
+    "Put the direction into a NIfTI or NRRD header to the last bit"
     if name.endswith('.nrrd'):
         text = ' '.join('(' + ','.join(repr(float(x)) for x in v) + ')' for v in _steps(geometry, np.float64))
         return re.sub(rb'(?m)^space directions: .*$', b'space directions: ' + text.encode(), data, count=1)
     if data[:4] != struct.pack('=i', 348): return data
-    rows = np.column_stack([_steps(geometry, np.float32).T, geometry.origin]) * np.array([[-1], [-1], [1]])  # NIfTI looks from the other side
+    rows = np.column_stack([_steps(geometry, np.float32).T, geometry.origin])
+    rows[:2] *= -1  # NIfTI's x and y grow to the right and to the front
     return data[:280] + rows.astype('=f4').tobytes() + data[328:]
 
 # %% ../nbs/10_image.ipynb #62f36234
@@ -307,8 +309,9 @@ def _write(array, geometry, file):
     "Write (Z, Y, X) or, in colour, (Z, Y, X, 3) with a geometry, whole or not at all"
     file = Path(file)
     if array.shape[:3] != geometry.shape:
-        raise ImageError('array and geometry disagree', file=file, found=f'array (Z, Y, X) = {array.shape[:3]}', expected=geometry.shape)
-    if file.name.lower().endswith(PAIRS): raise ImageError('this format splits an image over two files', file=file, fix='use .nii.gz, .nrrd or .mha')
+        raise ImageError('array and geometry disagree', file=file, found=f'array {array.shape[:3]}', expected=geometry.shape)
+    if file.name.lower().endswith(PAIRS):
+        raise ImageError('this format splits an image over two files', file=file, fix='use .nii.gz, .nrrd or .mha')
     if not file.parent.is_dir(): raise ImageError('the folder does not exist', file=file, fix='create it first')
     flat = file.name.lower().endswith(PICTURES) and geometry.shape[0] == 1
     image = sitk.GetImageFromArray(array[0] if flat else array, isVector=array.ndim == 4)
@@ -318,7 +321,8 @@ def _write(array, geometry, file):
         image.SetDirection(geometry.direction)
     with _quiet(), whole_file(file) as part:
         try: _store(image, part, geometry)
-        except (RuntimeError, OSError) as e: raise ImageError('cannot write this file', file=file, found=_reason(e).replace(part.name, file.name)) from None
+        except (RuntimeError, OSError) as e:
+            raise ImageError('cannot write this file', file=file, found=_reason(e).replace(part.name, file.name)) from None
 
 # %% ../nbs/10_image.ipynb #e387325e
 def write_image(
@@ -328,12 +332,12 @@ def write_image(
 )->None:
     "Write one channel or one colour picture; raises ImageError naming the file"
     array = np.asarray(array)
-    array = array.astype({'?': np.uint8, 'e': np.float32}.get(array.dtype.char, array.dtype))  # no format holds booleans or half floats
+    array = array.astype({'?': np.uint8, 'e': np.float32}.get(array.dtype.char, array.dtype))  # formats lack bool and float16
     if array.ndim == 4 and len(array) == 1: array = array[0]
     colour = array.ndim == 4 and len(array) == 3 and str(file).lower().endswith(PICTURES)
     if array.ndim != 3 and not colour:
-        raise ImageError('one file holds one channel, or the three of a colour picture', file=file, found=f'array {array.shape}', expected='(Z, Y, X)',
-                         fix='write one file per channel')
+        raise ImageError('one file holds one channel, or the three of a colour picture', file=file, found=f'array {array.shape}',
+                         expected='(Z, Y, X)', fix='write one file per channel')
     _write(np.moveaxis(array, 0, -1) if colour else array, geometry, file)
 
 # %% ../nbs/10_image.ipynb #60ee23fa
@@ -345,7 +349,7 @@ def write_label_map(
     "Write a label map as uint8, or uint16 when a label exceeds 255; raises ImageError naming the file"
     labels = np.asarray(labels)
     lowest, highest = (labels.min(), labels.max()) if labels.size else (0, 0)
-    if labels.dtype.kind not in 'biu' and not np.array_equal(labels, np.round(labels)): problem = 'values between the whole numbers'
-    else: problem = '' if 0 <= lowest and highest <= 32767 else f'values from {lowest} to {highest}'
-    if problem: raise ImageError('labels must be whole numbers from 0 to 32767', file=file, found=problem)
+    whole = labels.dtype.kind in 'biu' or np.array_equal(labels, np.round(labels))
+    if not (whole and 0 <= lowest and highest <= 32767):
+        raise ImageError('labels must be whole numbers from 0 to 32767', file=file, found=f'values from {lowest} to {highest}')
     _write(labels.astype(np.uint8 if highest < 256 else np.uint16), geometry, file)
