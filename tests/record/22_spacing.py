@@ -1,10 +1,11 @@
 """Record the spacings nnU-Net 1.7.1 plans for random data sets, for the parity checks of the spacing chapter.
 
-Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md.
+Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md, and data_samples/.
 Usage, from the project root: python tests/record/22_spacing.py
 Writes tests/recorded/22_spacing.npz. Data sets are stored one after another: rows `first[i]:first[i+1]` of
 `spacings` and `shapes` belong to data set i. `target` is the original's target spacing. For those that get a low
 resolution search, `lowres_*` holds the patch voxels of every step, the last spacing tried, and whether it was kept.
+The names of two phantom data sets hold their target spacings.
 """
 import contextlib, json, os, pickle, platform, tempfile
 from importlib.metadata import version
@@ -15,7 +16,9 @@ os.environ['MPLBACKEND'] = 'agg'
 import numpy as np
 
 SEED, N, N_LOWRES = 22, 400, 24
-OUT = Path(__file__).resolve().parents[1]/'recorded'/'22_spacing.npz'
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT/'tests'/'recorded'/'22_spacing.npz'
+SAMPLES = {'Task101_PhantomCT': 1, 'Task102_PhantomMR': 4} # task: channels
 
 
 def dataset(rng, kind):
@@ -35,6 +38,16 @@ def dataset(rng, kind):
     if kind == 3: spacings[rng.random(n) < .4, int(np.argmax(spacing))] = fine * rng.uniform(.5, 1.5)
     shapes = np.maximum(1, np.round(shape * np.exp(rng.normal(0, .15, (n, 3))))).astype(int)
     return np.round(spacings, 6), shapes
+
+
+def phantoms(task, channels):
+    "Spacings and shapes after the original's cropping of the training cases of a sample data set"
+    from nnunet.preprocessing.cropping import ImageCropper
+    found = []
+    for label in sorted((ROOT/'data_samples'/task/'labelsTr').glob('*.nii.gz')):
+        images = [str(label.parents[1]/'imagesTr'/label.name.replace('.nii.gz', f'_{c:04d}.nii.gz')) for c in range(channels)]
+        found.append(ImageCropper.crop_from_list_of_files(images, str(label))[2])
+    return np.array([p['original_spacing'] for p in found]), np.array([p['size_after_cropping'] for p in found])
 
 
 def planner(spacings, shapes):
@@ -68,11 +81,12 @@ def main():
             if len(lowres) < N_LOWRES and np.prod(np.median(shapes, 0)) > 1e7:
                 it.plan_experiment()
                 if len(it.steps) > 1: lowres.append((i, it.steps, len(it.plans_per_stage) == 2))
+        samples = {task: planner(*phantoms(task, channels)).get_target_spacing() for task, channels in SAMPLES.items()}
     first = np.cumsum([0] + [len(s) for s, _ in sets])
     versions = {p: version(p) for p in ('nnunet', 'numpy')} | {'python': platform.python_version()}
     np.savez_compressed(OUT, command='python tests/record/22_spacing.py', versions=json.dumps(versions), first=first,
         spacings=np.concatenate([s for s, _ in sets]), shapes=np.concatenate([s for _, s in sets]), target=np.array(targets),
-        lowres_set=[i for i, _, _ in lowres], lowres_kept=[k for _, _, k in lowres],
+        **samples, lowres_set=[i for i, _, _ in lowres], lowres_kept=[k for _, _, k in lowres],
         lowres_last=np.array([s[-1][0] for _, s, _ in lowres]),
         lowres_first=np.cumsum([0] + [len(s) for _, s, _ in lowres]),
         lowres_patch=np.concatenate([[v for _, v in s] for _, s, _ in lowres]))
