@@ -40,7 +40,7 @@ def nearest_index(
 PAD = 12   # voxels of edge padding before the spline filter, as scipy.ndimage.zoom does
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=32)   # a few megabytes each for long axes
 def spline_matrix(
     n_in:int,  # Voxels of the old grid along the axis, at least 1
     n_out:int, # Voxels of the new grid over the same extent, at least 1
