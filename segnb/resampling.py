@@ -113,9 +113,11 @@ def _resample_volume(volume, shape, order, order_z, separate):
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ResamplingError('the image holds voxels that are not finite', found=f'range {low.min()} to {high.max()}',
                               fix='replace NaN and infinity first: a spline would spread them')
+    anchor = np.clip(np.float32(0), low, high)   # small numbers lose less in single precision: count from the value nearest to 0
+    volume = volume - anchor
     for axis in sorted(together, key=lambda a: shape[a] / volume.shape[a]):                  # shrink first, it is cheaper
         volume = _along(volume, shape[axis], order, axis)
-    volume = np.clip(volume, low, high)
+    volume = np.clip(volume + anchor, low, high)
     return volume if separate is None else _along(volume, shape[separate], order_z, separate)
 
 

@@ -54,6 +54,14 @@ def test_random_shapes_against_scipy():
         assert np.array_equal(resample_label_map(seg, new), voted), (old, new)
 
 
+def test_an_offset_costs_no_precision():
+    "A large value everywhere must not eat the small differences that normalisation blows up"
+    rng = np.random.default_rng(7)
+    data = rng.normal(5000, 50, (1, 12, 14, 13)).astype(np.float32)
+    expected = np.clip(ndimage.zoom(data[0].astype(float), (1.5, 10 / 14, 17 / 13), order=3, mode='nearest', grid_mode=True), data.min(), data.max())
+    assert np.abs(resample_image(data, (18, 10, 17))[0] - expected).max() <= 5e-4 + 1e-6 * np.ptp(data)      # 5e-4: what float32 can hold at 5000
+
+
 def test_inputs_stay_as_they_were_and_any_memory_order_will_do():
     rng = np.random.default_rng(6)
     data, seg = rng.normal(size=(2, 9, 8, 7)).astype(np.float32), rng.integers(-1, 4, (9, 8, 7))
