@@ -59,7 +59,7 @@ def test_shapes_round_halves_to_even():
 
 
 def test_refusals():
-    with pytest.raises(SpacingError, match='one of each'): target_spacing([(1, 1, 1)] * 2, [(5, 5, 5)])
+    with pytest.raises(SpacingError, match='one each'): target_spacing([(1, 1, 1)] * 2, [(5, 5, 5)])
     with pytest.raises(SpacingError, match='positive'): target_spacing([(1, 0, 1)], [(5, 5, 5)])
     with pytest.raises(SpacingError, match='positive'): target_spacing([(1, np.nan, 1)], [(5, 5, 5)])
     with pytest.raises(SpacingError, match='at least one case'): target_spacing([], [])
