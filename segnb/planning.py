@@ -32,7 +32,9 @@ class Planner:
     max_patch_voxels: int = None  # limit on the patch; None: memory alone decides
     max_batch: int = None         # limit on the batch; None: memory and data set decide
 
-PLANNERS = {p.name: p for p in (Planner('nnunet_v1'), Planner('cpu', base_num_features=16, max_patch_voxels=40*56*40, max_batch=2))}
+PLANNERS = {p.name: p for p in (
+    Planner('nnunet_v1'),
+    Planner('cpu', base_num_features=16, max_patch_voxels=40*56*40, max_batch=2))}
 SCHEMES = ('CT', 'CT2', 'nonCT', 'noNorm')
 REFERENCE_GB = 8 # GB of GPU memory that nnU-Net v1's constant stands for
 
@@ -88,14 +90,17 @@ def _scheme(v):
     if v not in SCHEMES: raise ValueError
     return v
 
-_TEXT, _FLAG, _COUNT = (_kind(str), 'text'), (_kind(bool), 'true or false'), (_whole(1), 'a whole number of at least 1')
-_SIZE, _AXES = (_row(_whole(1), 3), '3 whole numbers of at least 1'), (_row(_whole(0), 3), '3 whole numbers of at least 0')
+_TEXT, _FLAG = (_kind(str), 'text'), (_kind(bool), 'true or false')
+_COUNT = _whole(1), 'a whole number of at least 1'
+_SIZE = _row(_whole(1), 3), '3 whole numbers of at least 1'
+_AXES = _row(_whole(0), 3), '3 whole numbers of at least 0'
 _MM = _row(_positive, 3), '3 numbers above 0, in mm'
 _KERNELS = (lambda v: tuple(_SIZE[0](k) for k in v)), 'rows of 3 whole numbers of at least 1'
 
 # %% ../nbs/24_planning.ipynb #43f29deb
 def _refuse(where, key, found, expected):
-    raise PlansError(f"'{key}' of {where} is wrong", found=repr(found), expected=expected, fix='correct it or plan again')
+    raise PlansError(f"'{key}' of {where} is wrong", found=repr(found), expected=expected,
+                     fix='correct it or plan again')
 
 def _obey(obj, where, rules):
     "Check the fields of a dataclass and keep them in their plain form"
@@ -108,11 +113,10 @@ def _obey(obj, where, rules):
 def _same_keys(cls, where, d):
     "Check that a dict holds the fields of a dataclass and nothing else"
     names = [f.name for f in dataclasses.fields(cls)]
-    if not isinstance(d, dict): raise PlansError(f'{where} is not a JSON object', found=repr(d), expected=f'an object with {names}')
-    for key in names:
-        if key not in d: raise PlansError(f"{where} lacks '{key}'", found=f'the keys {list(d)}', fix='plan again')
-    for key in d:
-        if key not in names: raise PlansError(f"{where} has the unknown key '{key}'", expected=f'only {names}', fix='correct the spelling')
+    if not isinstance(d, dict): raise PlansError(f'{where} is no JSON object', found=repr(d), expected=f'an object with {names}')
+    missing, unknown = [key for key in names if key not in d], [key for key in d if key not in names]
+    if missing: raise PlansError(f"{where} lacks '{missing[0]}'", found=f'the keys {list(d)}', fix='plan again')
+    if unknown: raise PlansError(f"{where} has the unknown key '{unknown[0]}'", expected=f'only {names}', fix='check the spelling')
 
 def _plain(value):
     "Turn tuples, numpy numbers and keys into what JSON gives back"
@@ -140,13 +144,15 @@ class Configuration:
     def __post_init__(self):
         where = f"configuration '{self.name}'"
         _obey(self, where, dict(
-            name=_TEXT, patch_size=_SIZE, batch_size=_COUNT, spacing=_MM, median_shape=_SIZE, num_pool_per_axis=_AXES, pool_op_kernel_sizes=_KERNELS,
-            conv_kernel_sizes=_KERNELS, do_dummy_2d_data_aug=_FLAG, base_num_features=_COUNT, max_num_features=_COUNT, batch_dice=_FLAG))
-        pools, halved = self.pool_op_kernel_sizes, tuple(2 ** n for n in self.num_pool_per_axis)
+            name=_TEXT, patch_size=_SIZE, batch_size=_COUNT, spacing=_MM, median_shape=_SIZE, num_pool_per_axis=_AXES,
+            pool_op_kernel_sizes=_KERNELS, conv_kernel_sizes=_KERNELS, do_dummy_2d_data_aug=_FLAG,
+            base_num_features=_COUNT, max_num_features=_COUNT, batch_dice=_FLAG))
+        pools, kernels, halved = self.pool_op_kernel_sizes, self.conv_kernel_sizes, tuple(2 ** n for n in self.num_pool_per_axis)
         if tuple(math.prod(k[a] for k in pools) for a in range(3)) != halved:
             _refuse(where, 'pool_op_kernel_sizes', pools, f'a product of {halved}, as num_pool_per_axis says')
-        if len(self.conv_kernel_sizes) != len(pools) + 1: _refuse(where, 'conv_kernel_sizes', self.conv_kernel_sizes, f'{len(pools) + 1} rows')
-        if any(p % h for p, h in zip(self.patch_size, halved)): _refuse(where, 'patch_size', self.patch_size, f'multiples of {halved}')
+        if len(kernels) != len(pools) + 1: _refuse(where, 'conv_kernel_sizes', kernels, f'{len(pools) + 1} rows')
+        if any(p % h for p, h in zip(self.patch_size, halved)):
+            _refuse(where, 'patch_size', self.patch_size, f'multiples of {halved}')
 
     def to_dict(self)->dict: # plain lists, numbers and strings
         "Give the configuration as JSON has it"
@@ -176,12 +182,16 @@ def _configurations(v):
 def _plan_rules(n_channels):
     "Give the rule of every field of a plan"
     each = f'for each of the {n_channels} channels'
-    return dict(dataset_name=_TEXT, planner=_TEXT, memory_gb=(_positive, 'a number above 0'), channels=(_row(_kind(str)), 'at least one name'),
-                labels=(_row(_whole(1)), 'at least one foreground label, each a whole number of at least 1'), original_spacing_target=_MM,
-                transpose_forward=_AXES, transpose_backward=_AXES, normalization_schemes=(_row(_scheme, n_channels), f'one of {SCHEMES} {each}'),
-                use_mask_for_norm=(_row(_kind(bool), n_channels), f'true or false {each}'),
-                intensities=(_statistics, 'null, or numbers by channel index and statistic'),
-                configurations=(_configurations, 'at least one configuration by its name'), trace=(_kind(dict), 'an object'), segnb_version=_TEXT)
+    return dict(
+        dataset_name=_TEXT, planner=_TEXT, memory_gb=(_positive, 'a number above 0'),
+        channels=(_row(_kind(str)), 'at least one name'),
+        labels=(_row(_whole(1)), 'at least one foreground label, each a whole number of at least 1'),
+        original_spacing_target=_MM, transpose_forward=_AXES, transpose_backward=_AXES,
+        normalization_schemes=(_row(_scheme, n_channels), f'one of {SCHEMES} {each}'),
+        use_mask_for_norm=(_row(_kind(bool), n_channels), f'true or false {each}'),
+        intensities=(_statistics, 'null, or numbers by channel index and statistic'),
+        configurations=(_configurations, 'at least one configuration by its name'),
+        trace=(_kind(dict), 'an object'), segnb_version=_TEXT)
 
 # %% ../nbs/24_planning.ipynb #b19fbde9
 @dataclasses.dataclass(frozen=True)
@@ -205,9 +215,10 @@ class Plans:
     def __post_init__(self):
         _obey(self, 'the plan', _plan_rules(len(self.channels) if isinstance(self.channels, (list, tuple)) else 0))
         forward = self.transpose_forward
-        if sorted(forward) != [0, 1, 2]: _refuse('the plan', 'transpose_forward', forward, 'the axes 0, 1 and 2 in some order')
+        if sorted(forward) != [0, 1, 2]: _refuse('the plan', 'transpose_forward', forward, 'the axes 0, 1, 2 in some order')
         back = tuple(forward.index(a) for a in range(3))
-        if self.transpose_backward != back: _refuse('the plan', 'transpose_backward', self.transpose_backward, f'{back}, which undoes transpose_forward')
+        if self.transpose_backward != back:
+            _refuse('the plan', 'transpose_backward', self.transpose_backward, f'{back}, which undoes transpose_forward')
 
     def configuration(self,
         name:str, # '3d_fullres' or '3d_lowres'
@@ -215,7 +226,8 @@ class Plans:
         "Give one configuration; raise `PlansError` with the choices when there is none of that name"
         if name in self.configurations: return self.configurations[name]
         why = 'one patch at full resolution sees enough of a case' if name == '3d_lowres' else None
-        raise PlansError('this plan has no such configuration', found=repr(name), expected=' or '.join(self.configurations), fix=why)
+        raise PlansError('this plan has no such configuration', found=repr(name),
+                         expected=' or '.join(self.configurations), fix=why)
 
     @property
     def n_outputs(self)->int: # classes including background
@@ -261,23 +273,28 @@ Plans.identity = _identity
 # %% ../nbs/24_planning.ipynb #149f364f
 def _configure(name, spacing, original, median, counts, planner, reference):
     "Plan one network; gives the fields of its configuration but `batch_dice`, and how they came about"
-    n_cases, *channels_and_outputs = counts
+    n_cases, in_channels, n_outputs = counts
     shape = resampled_shape(median, original, spacing)
-    t = fit_patch(spacing, shape, *channels_and_outputs, reference, planner.base_num_features, planner.max_num_features, planner.max_patch_voxels)
+    t = fit_patch(spacing, shape, in_channels, n_outputs, reference, planner.base_num_features, planner.max_num_features,
+                  planner.max_patch_voxels)
     batch, by_memory, by_dataset = batch_size_3d(t.memory, reference, t.patch_size, shape, n_cases, planner.max_batch)
-    fields = dict(name=name, patch_size=t.patch_size, batch_size=batch, spacing=tuple(spacing.tolist()), median_shape=shape,
-                  num_pool_per_axis=t.num_pool_per_axis, pool_op_kernel_sizes=t.pool_op_kernel_sizes, conv_kernel_sizes=t.conv_kernel_sizes,
-                  do_dummy_2d_data_aug=max(t.patch_size) / t.patch_size[0] > 3,
-                  base_num_features=planner.base_num_features, max_num_features=planner.max_num_features)
-    return fields, dict(isotropic_patch=isotropic_patch(spacing), steps=[s._asdict() for s in t.steps], by_memory=by_memory, by_dataset=by_dataset)
+    fields = dict(
+        name=name, patch_size=t.patch_size, batch_size=batch, spacing=tuple(spacing.tolist()), median_shape=shape,
+        num_pool_per_axis=t.num_pool_per_axis, pool_op_kernel_sizes=t.pool_op_kernel_sizes,
+        conv_kernel_sizes=t.conv_kernel_sizes, do_dummy_2d_data_aug=max(t.patch_size) / t.patch_size[0] > 3,
+        base_num_features=planner.base_num_features, max_num_features=planner.max_num_features)
+    steps = [s._asdict() for s in t.steps]
+    return fields, dict(isotropic_patch=isotropic_patch(spacing), steps=steps, by_memory=by_memory, by_dataset=by_dataset)
 
 # %% ../nbs/24_planning.ipynb #e6d8e722
 def _budget(planner, memory_gb):
     "Look up a planner and scale its memory; raise `PlansError` for what does not exist"
     found = planner if isinstance(planner, Planner) else PLANNERS.get(planner)
-    if found is None: raise PlansError('there is no such planner', found=repr(planner), expected=' or '.join(PLANNERS))
+    if found is None:
+        raise PlansError('there is no such planner', found=repr(planner), expected=' or '.join(PLANNERS))
     gb = REFERENCE_GB if memory_gb is None else memory_gb
-    if isinstance(gb, (bool, str)) or not 0 < gb < math.inf: raise PlansError('memory_gb is wrong', found=repr(gb), expected='a number above 0')
+    if isinstance(gb, (bool, str)) or not 0 < gb < math.inf:
+        raise PlansError('memory_gb is wrong', found=repr(gb), expected='a number above 0')
     return found, gb, found.reference * (gb / REFERENCE_GB)
 
 # %% ../nbs/24_planning.ipynb #f436e28a
@@ -287,81 +304,102 @@ def plan_experiment(
     planner:str='nnunet_v1',  # a name in `PLANNERS`, or a `Planner`
     dataset_name:str='',      # noted in the plan
 )->Plans:                     # with 3d_fullres, and 3d_lowres where a patch sees less than a quarter of a case
-    "Decide everything that depends on the data set; raise `PlansError` for an unknown planner or an impossible memory"
+    "Decide all that depends on the data set; raise `PlansError` for an unknown planner or impossible memory"
     f, (chosen, gb, reference) = fingerprint, _budget(planner, memory_gb)
     target = target_spacing(f.spacings, f.shapes)
     median = median_shape(f.spacings, f.shapes, target)
     coarsest = int(np.argmax(target))                                  # the first on ties
     forward = [coarsest] + [a for a in range(3) if a != coarsest]
     counts = len(f.shapes), len(f.channels), len(f.labels) + 1
-    def stage(name, spacing): return _configure(name, spacing[forward], target[forward], median[forward], counts, chosen, reference)
+    def stage(name, spacing):
+        return _configure(name, spacing[forward], target[forward], median[forward], counts, chosen, reference)
     full = stage('3d_fullres', target)
     low = lowres_spacing(target, median, lambda spacing: math.prod(stage('', spacing)[0]['patch_size']))
     stages = [full] if low is None else [stage('3d_lowres', low), full]
-    schemes = normalization_schemes(f.channels)
-    trace = dict(n_cases=len(f.shapes), median_spacing=np.median(f.spacings, axis=0), median_shape=median, reference=reference,
-                 max_patch_voxels=chosen.max_patch_voxels, max_batch=chosen.max_batch, median_reduction=_median_reduction(f.size_reductions),
-                 patches_per_case=np.prod(median) / math.prod(full[0]['patch_size']), configurations={c['name']: how for c, how in stages})
+    schemes, batch_dice = normalization_schemes(f.channels), {'3d_lowres': False, '3d_fullres': low is not None}
+    trace = dict(
+        n_cases=len(f.shapes), median_spacing=np.median(f.spacings, axis=0), median_shape=median, reference=reference,
+        max_patch_voxels=chosen.max_patch_voxels, max_batch=chosen.max_batch,
+        median_reduction=_median_reduction(f.size_reductions),
+        patches_per_case=np.prod(median) / math.prod(full[0]['patch_size']),
+        configurations={c['name']: how for c, how in stages})
     return Plans(
-        dataset_name=dataset_name, planner=chosen.name, memory_gb=gb, channels=f.channels, labels=f.labels, original_spacing_target=target,
-        transpose_forward=forward, transpose_backward=[forward.index(a) for a in range(3)], normalization_schemes=schemes,
-        use_mask_for_norm=masks_for_norm(schemes, f.size_reductions), intensities=f.intensities, trace=_plain(trace),
-        configurations={c['name']: Configuration(**c, batch_dice=low is not None and c['name'] == '3d_fullres') for c, _ in stages})
+        dataset_name=dataset_name, planner=chosen.name, memory_gb=gb, channels=f.channels, labels=f.labels,
+        original_spacing_target=target, transpose_forward=forward, transpose_backward=[forward.index(a) for a in range(3)],
+        normalization_schemes=schemes, use_mask_for_norm=masks_for_norm(schemes, f.size_reductions),
+        intensities=f.intensities, trace=_plain(trace),
+        configurations={c['name']: Configuration(**c, batch_dice=batch_dice[c['name']]) for c, _ in stages})
 
 # %% ../nbs/24_planning.ipynb #852522f7
 def _by(values, digits=3): return ' × '.join(f'{v:.{digits}g}' if isinstance(v, float) else str(v) for v in values)
 
-def _explain_data(p):
-    "Say why this spacing and this normalisation"
-    t, moved = p.trace, [a for a in range(3) if p.original_spacing_target[a] != p.trace['median_spacing'][a]]
-    rule = (f'axis {moved[0]} is over 3 times coarser than the others and has less than a third of their voxels: 10th percentile instead of the median'
-            if moved else 'no axis is both over 3 times coarser and shorter than a third: the median everywhere')
+def _explain_spacing(p):
+    "Say why this spacing and this order of axes"
+    t = p.trace
+    moved = [a for a in range(3) if p.original_spacing_target[a] != t['median_spacing'][a]]
     extent = [float(n * s) for n, s in zip(t['median_shape'], p.original_spacing_target)]
-    lines = [f"Plan by {p.planner} for {p.memory_gb:g} GB{': ' + p.dataset_name if p.dataset_name else ''}",
-             f"  {t['n_cases']} cases, channels {', '.join(p.channels)}, {len(p.labels)} foreground labels and background", 'Spacing',
-             f"  median {_by(t['median_spacing'])} mm, target {_by(p.original_spacing_target)} mm: {rule}",
-             f"  median case at the target: {_by(t['median_shape'], 4)} voxels = {_by(extent)} mm",
-             f"  order of axes in the plan: {p.transpose_forward} of the files, the coarsest first", 'Normalisation']
-    kept = f"cropping keeps {t['median_reduction']:.0%} of a typical case, the mask needs less than 75 %"
+    why = (f'axis {moved[0]} is over 3 times coarser and has under a third of the voxels: 10th percentile, not the median'
+           if moved else 'no axis is both over 3 times coarser and under a third as long: the median of each axis')
+    return ['Spacing', f"  median {_by(t['median_spacing'])} mm, target {_by(p.original_spacing_target)} mm", f'  {why}',
+            f"  median case at the target: {_by(t['median_shape'], 4)} voxels = {_by(extent)} mm",
+            f'  order of axes: {p.transpose_forward} of the files, the coarsest first']
+
+def _explain_normalization(p):
+    "Say how each channel is normalised and why"
+    lines = ['Normalisation', f"  cropping keeps {p.trace['median_reduction']:.0%} of a typical case; below 75 % the mask is used, but not for CT"]
     for i, (name, scheme, mask) in enumerate(zip(p.channels, p.normalization_schemes, p.use_mask_for_norm)):
         s = (p.intensities or {}).get(i)
-        if scheme == 'CT': how = ('clip to {percentile_00_5:g} .. {percentile_99_5:g}, subtract {mean:.4g}, divide by {sd:.4g}'.format(**s) if s else
-                                  'by statistics of the foreground, which this fingerprint lacks') + '; a CT uses no mask'
-        else: how = 'left as it is' if scheme == 'noNorm' else f"mean 0 and sd 1 {'inside the non-zero mask' if mask else 'over the whole image'}: {kept}"
-        lines.append(f'  channel {i} is called {name!r}, so {scheme}: {how}')
+        if scheme == 'noNorm': how = 'left as it is'
+        elif scheme == 'nonCT': how = f"mean 0 and sd 1 {'inside the non-zero mask' if mask else 'over the whole image'}"
+        elif s is None: how = 'by foreground statistics, which this fingerprint lacks'
+        else: how = 'clip to {percentile_00_5:g} .. {percentile_99_5:g}, subtract {mean:.4g}, divide by {sd:.4g}'.format(**s)
+        lines.append(f'  channel {i}, {name!r}: {scheme} by its name; {how}')
     return lines
 
 # %% ../nbs/24_planning.ipynb #33b85d5d
-def _explain_configuration(p, c):
-    "Say how a network came about, step by step"
+def _explain_search(p, c):
+    "Say how the patch was found, step by step"
     t, how = p.trace, p.trace['configurations'][c.name]
-    first, *others = how['steps']
-    limit = f"{t['reference']/1e6:.4g} million values" + (f" and {t['max_patch_voxels']} voxels" if t['max_patch_voxels'] else '')
-    lines = [c.name, f"  spacing {_by(c.spacing)} mm, median case {_by(c.median_shape)} voxels",
-             f"  start: a cube in mm is {_by(how['isotropic_patch'])}; clipped to the median case and padded to {_by(first['patch_size'])}",
-             f'  limit: {limit}']
+    voxels = f" and {t['max_patch_voxels']} voxels" if t['max_patch_voxels'] else ''
+    lines = [f"  start: a cube in mm, {_by(how['isotropic_patch'])}, clipped to the median case {_by(c.median_shape)} and padded",
+             f"  limit: {t['reference']/1e6:.4g} million values{voxels}"]
     for i, s in enumerate(how['steps']):
         gave = '' if s['axis'] is None else f", axis {s['axis']} gave way"
-        lines.append(f"    {i:3d}  {_by(s['patch_size'])}, halvings {_by(s['num_pool_per_axis'])}, {s['memory']/1e6:.1f} million{gave}")
-    size, mm, features = c.patch_size, c.spacing, c.base_num_features
+        memory = f"{s['memory']/1e6:.1f} million values"
+        lines.append(f"    {i:3d}  {_by(s['patch_size'])}, halvings {_by(s['num_pool_per_axis'])}, {memory}{gave}")
+    return lines
+
+def _explain_network(c):
+    "List the stages of the encoder"
+    size, mm, features, lines = c.patch_size, c.spacing, c.base_num_features, []
     for i, kernel in enumerate(c.conv_kernel_sizes):
-        pool = c.pool_op_kernel_sizes[i] if i < len(c.pool_op_kernel_sizes) else None
-        lines.append(f"  stage {i}: {_by(size)} voxels of {_by(mm)} mm, {features} features, kernel {_by(kernel)}" + (f', then halve by {_by(pool)}' if pool else ', the bottleneck'))
-        if pool: size, mm, features = tuple(n // k for n, k in zip(size, pool)), tuple(m * k for m, k in zip(mm, pool)), min(2*features, c.max_num_features)
-    ratio, cap = max(c.patch_size) / c.patch_size[0], f", the planner {t['max_batch']}" if t['max_batch'] else ''
-    return lines + [f"  batch {c.batch_size}: memory allows {how['by_memory']}, a twentieth of the data set (at least 2) {how['by_dataset']}{cap}",
-                    f"  augmentation {'slice by slice' if c.do_dummy_2d_data_aug else 'in 3D'}: longest edge / first edge = {ratio:.2f}, slices above 3",
-                    f"  Dice {'over the whole batch' if c.batch_dice else 'per sample'}"]
+        pool = c.pool_op_kernel_sizes[i] if i < len(c.pool_op_kernel_sizes) else (1, 1, 1)
+        then = f'then halve by {_by(pool)}' if max(pool) > 1 else 'the bottleneck'
+        lines.append(f'  stage {i}: {_by(size)} voxels of {_by(mm)} mm, {features} features, kernel {_by(kernel)}, {then}')
+        size, mm = [n // k for n, k in zip(size, pool)], [m * k for m, k in zip(mm, pool)]
+        features = min(2 * features, c.max_num_features)
+    return lines
+
+def _explain_training(p, c):
+    "Say why this batch, augmentation and Dice"
+    t, how, ratio = p.trace, p.trace['configurations'][c.name], max(c.patch_size) / c.patch_size[0]
+    cap = f", the planner {t['max_batch']}" if t['max_batch'] else ''
+    return [f"  batch {c.batch_size}: memory allows {how['by_memory']}, 5 % of the data set (at least 2) {how['by_dataset']}{cap}",
+            f"  augmentation {'slice by slice' if c.do_dummy_2d_data_aug else 'in 3D'}: longest edge / first edge is {ratio:.2f}, the line is 3",
+            f"  Dice {'over the whole batch' if c.batch_dice else 'per sample'}"]
 
 # %% ../nbs/24_planning.ipynb #e3a53f1a
 def _explain(plans)->str: # many lines of text
     "Say every decision of the plan with its numbers"
-    ratio, low = plans.trace['patches_per_case'], plans.configurations.get('3d_lowres')
-    lines = _explain_data(plans)
-    for c in plans.configurations.values(): lines += _explain_configuration(plans, c)
-    if low: why = f"yes, since that is 4 or more; coarsened until a patch of {_by(low.patch_size)} sees a quarter of {_by(low.median_shape)}"
-    elif ratio < 4: why = 'no, since that is less than 4'
-    else: why = 'no, since its median case would not be less than half of the full one'
-    return '\n'.join(lines + ['Low resolution', f'  the median case holds {ratio:.2f} patches of full resolution: {why}'])
+    t, low = plans.trace, plans.configurations.get('3d_lowres')
+    lines = [f"Plan by {plans.planner} for {plans.memory_gb:g} GB {plans.dataset_name}".rstrip(),
+             f"  {t['n_cases']} cases, channels {', '.join(plans.channels)}, {len(plans.labels)} foreground labels"]
+    lines += _explain_spacing(plans) + _explain_normalization(plans)
+    for c in plans.configurations.values():
+        lines += [f'{c.name}, {_by(c.spacing)} mm'] + _explain_search(plans, c) + _explain_network(c) + _explain_training(plans, c)
+    if low: why = f'4 or more, so coarsened until a patch of {_by(low.patch_size)} sees a quarter of {_by(low.median_shape)}'
+    elif t['patches_per_case'] < 4: why = 'none is planned below 4'
+    else: why = 'none is kept, its median case would not be less than half of the full one'
+    return '\n'.join(lines + ['Low resolution', f"  the median case holds {t['patches_per_case']:.2f} full patches: {why}"])
 
 Plans.explain = _explain

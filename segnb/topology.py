@@ -118,15 +118,15 @@ class Topology(NamedTuple):
     steps: tuple                # of `Step`, first to last
 
 # %% ../nbs/23_topology.ipynb #6779feb7
-def _shrink(octaves, size, median_shape):
-    "Shorten the axis that covers most of the median case, the last on ties, by the divisor of the trial patch"
+def _shrink(octaves, size, divisor, median_shape):
+    "Shorten the axis that covers most of the median case by the divisor of the trial patch"
     share = [s / m for s, m in zip(size, median_shape)]
-    axis = max(range(len(share)), key=lambda a: (share[a], a))
-    shorter = lambda by: tuple(s - by if a == axis else s for a, s in enumerate(size))
-    trial = shorter(_pools(octaves, size, 4, 999)[4][axis])
-    if trial[axis] < 1:
+    axis = len(size) - 1 - share[::-1].index(max(share))           # the last on ties
+    before, after, trial = size[:axis], size[axis + 1:], size[axis] - divisor[axis]
+    if trial < 1:
         raise TopologyError('no patch fits the memory limit', found=f'{size} cannot shrink along axis {axis}', fix='allow more memory')
-    return axis, shorter(_pools(octaves, trial, 4, 999)[4][axis])
+    step = _pools(octaves, (*before, trial, *after), 4, 999)[4][axis]
+    return axis, (*before, size[axis] - step, *after)
 
 # %% ../nbs/23_topology.ipynb #0f9f165e
 def fit_patch(
@@ -142,12 +142,12 @@ def fit_patch(
     "Shrink the start patch until its feature maps fit the memory"
     octaves, size, axis, steps = _octaves(spacing), tuple(initial_patch(spacing, median_shape)), None, {}
     while True:
-        number, pools, kernels, size, _ = _pools(octaves, size, 4, 999)
+        number, pools, kernels, size, divisor = _pools(octaves, size, 4, 999)
         memory = _values(size, pools, in_channels, n_outputs, base_num_features, max_num_features, 2)
         if size in steps: raise TopologyError('the search for a patch goes in circles', found=f'{size} a second time')
         steps[size] = Step(size, number, memory, axis)
         if memory <= reference and math.prod(size) <= (max_patch_voxels or math.inf): break
-        axis, size = _shrink(octaves, size, median_shape)
+        axis, size = _shrink(octaves, size, divisor, median_shape)
     return Topology(size, number, pools, kernels, memory, tuple(steps.values()))
 
 # %% ../nbs/23_topology.ipynb #c2f00a97

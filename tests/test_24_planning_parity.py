@@ -33,9 +33,9 @@ def fingerprint(i):
 @pytest.fixture(scope='module')
 def plans():
     fingerprints = [fingerprint(i) for i in range(len(RECORDED['stages']))]
-    start = time.perf_counter()
+    start = time.process_time()
     planned = [plan_experiment(f) for f in fingerprints]
-    assert time.perf_counter() - start < 10 * len(planned) / 1000 * 3, 'a thousand plans take under ten seconds on an idle core; three times that here'
+    assert time.process_time() - start < 10, "a thousand plans take under ten seconds"
     return planned
 
 
