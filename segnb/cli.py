@@ -107,6 +107,7 @@ def train(
     resume:bool=False,                # Go on from the latest checkpoint
     validation:bool=True,             # Predict and score the fold's validation cases afterwards
     only_validation:bool=False,       # Skip the training
+    random_fold:bool=False,           # Let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does
     mirror:bool=True,                 # Mirror at validation
     say=print,                        # Where messages go
     **options,                        # For `Trainer`: epochs, minutes, iterations, seed, device, precision, ...
@@ -115,9 +116,7 @@ def train(
     from segnb.training import Trainer
     data = find_preprocessed(dataset, Path(workspace))
     model = Path(workspace)/'models'/data.name/configuration
-    if fold != 'all':
-        try: fold = int(fold)
-        except ValueError: raise UsageError(f"fold '{fold}': give a number, or 'all'")
+    fold = _fold(fold, data, random_fold)
     if not only_validation:
         trainer = Trainer(data, model, configuration, fold, **options)
         trainer.resume() if resume else trainer.fit()
@@ -127,6 +126,16 @@ def train(
         result = validate_fold(model, fold, data, device=options.get('device', 'auto'), mirror=mirror, progress=options.get('progress', True))
         say(format_table(result))
     return model
+
+# %% ../nbs/90_cli.ipynb #d8982669
+def _fold(text, data, random_fold):
+    "The fold as a number or 'all'; a number beyond the last fold is a slip unless asked for"
+    from segnb.splits import load_splits
+    if text == 'all': return text
+    n = len(load_splits(data/'splits.json')) if (data/'splits.json').exists() else 5
+    if not str(text).isdigit() or int(text) >= n and not random_fold:
+        raise UsageError(f"fold '{text}' does not exist: there are folds 0 to {n - 1}, and 'all' (with --random-fold any further number draws a random 80:20 split)")
+    return int(text)
 
 # %% ../nbs/90_cli.ipynb #da8dafb6
 def predict(
@@ -278,6 +287,7 @@ def _model_verbs(verbs):
     p.add_argument('--val-iterations', type=int, default=50, help='validation iterations an epoch (default: 50)')
     p.add_argument('--lr', type=float, default=.01, help='initial learning rate (default: 0.01)')
     p.add_argument('--seed', type=int, default=0, help='seed of weights and batches (default: 0)')
+    p.add_argument('--random-fold', action='store_true', help='let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does')
     p.add_argument('--no-validation', action='store_true', help='do not predict the validation cases afterwards')
     p.add_argument('--validation-only', action='store_true', help='only predict the validation cases')
     p = _verb(verbs, 'predict', _run_predict, 'Segment every case of a folder.', 'segnb predict -i imagesTs -o predictions -m workspace/models/Task004_Hippocampus/3d_fullres')
@@ -301,7 +311,7 @@ def _run_demo(a): demo(a.output, a.task, a.samples, a.minutes, a.device, not a.q
 def _run_plan(a): plan(a.dataset, a.workspace, a.planner, a.memory_gb, a.workers)
 def _run_preprocess(a): preprocess(a.dataset, a.workspace, a.configuration, a.workers)
 def _run_train(a):
-    train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, not a.disable_tta,
+    train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.random_fold, not a.disable_tta,
           epochs=a.epochs, minutes=a.minutes, iterations=a.iterations, val_iterations=a.val_iterations, initial_lr=a.lr, seed=a.seed,
           device=a.device, precision=a.precision, n_workers=a.workers, progress=not a.quiet)
 def _run_predict(a):

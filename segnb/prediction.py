@@ -8,7 +8,7 @@ __all__ = ['PredictionError', 'Predictor']
 # %% ../nbs/64_prediction.ipynb #727d004d
 from pathlib import Path
 import numpy as np
-import torch
+from fastcore.basics import patch
 from tqdm import tqdm
 from .dataset import find_cases
 from .export import probabilities_to_original_grid, save_label_map, to_original_grid
@@ -58,84 +58,95 @@ class Predictor:
         self.step_size, self.precision, self.progress = step_size, precision, progress
         self.mirror_axes = (0, 1, 2) if mirror else ()
 
-    @classmethod
-    def from_folder(cls,
-        model,                    # Folder of a trained configuration: plans.json, dataset.json, fold_*/
-        folds=None,               # Fold or list of folds; None: all that are trained
-        device:str='auto',        # 'auto', 'cpu', 'cuda', 'mps'
-        checkpoint:str='final',   # 'final', 'best' or 'latest'
-        **options,                # For `Predictor`: step_size, mirror, precision, progress
-    ):
-        "Load a trained model folder; raises `PredictionError`, `CheckpointError`"
-        model = Path(model)
-        if not (model/'plans.json').exists(): raise PredictionError(f'{model} is not a trained model: it has no plans.json')
-        plans, labels = Plans.load(model/'plans.json'), Labels.from_dict(read_json(model/'dataset.json'))
-        networks = []
-        for file in _folds(model, folds, checkpoint):
-            state = load_checkpoint(file, plans)
-            network = build_unet(plans.configuration(state['configuration']), len(plans.channels), labels.n_outputs, deep_supervision=False)
-            network.load_state_dict(state['network'])
-            networks.append(network)
-        return cls(networks, plans, state['configuration'], labels, device, **options)
+# %% ../nbs/64_prediction.ipynb #093eea1b
+@patch(cls_method=True)
+def from_folder(cls:Predictor,
+    model,                    # Folder of a trained configuration: plans.json, dataset.json, fold_*/
+    folds=None,               # Fold or list of folds; None: all that are trained
+    device:str='auto',        # 'auto', 'cpu', 'cuda', 'mps'
+    checkpoint:str='final',   # 'final', 'best' or 'latest'
+    **options,                # For `Predictor`: step_size, mirror, precision, progress
+):
+    "Load a trained model folder; raises `PredictionError`, `CheckpointError`"
+    model = Path(model)
+    if not (model/'plans.json').exists(): raise PredictionError(f'{model} is not a trained model: it has no plans.json')
+    plans, labels = Plans.load(model/'plans.json'), Labels.from_dict(read_json(model/'dataset.json'))
+    networks = []
+    for file in _folds(model, folds, checkpoint):
+        state = load_checkpoint(file, plans)
+        network = build_unet(plans.configuration(state['configuration']), len(plans.channels), labels.n_outputs, deep_supervision=False)
+        network.load_state_dict(state['network'])
+        networks.append(network)
+    return cls(networks, plans, state['configuration'], labels, device, **options)
 
-    def predict_preprocessed(self,
-        data:np.ndarray, # (C, Z, Y, X) float32 from `preprocess_case`
-    )->np.ndarray:       # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
-        "Average the networks' sliding-window probabilities"
-        total = None
-        for network in self.networks:
-            one = predict_sliding_window(network, data, self.configuration.patch_size, self.labels.n_outputs, step_size=self.step_size,
-                                         mirror_axes=self.mirror_axes, device=self.device, precision=self.precision, progress=self.progress)
-            total = one if total is None else np.add(total, one, out=total)
-        return total if len(self.networks) == 1 else np.divide(total, len(self.networks), out=total)
+# %% ../nbs/64_prediction.ipynb #08dcc18a
+@patch
+def predict_preprocessed(self:Predictor,
+    data:np.ndarray, # (C, Z, Y, X) float32 from `preprocess_case`
+)->np.ndarray:       # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
+    "Average the networks' sliding-window probabilities"
+    total = None
+    for network in self.networks:
+        one = predict_sliding_window(network, data, self.configuration.patch_size, self.labels.n_outputs, step_size=self.step_size,
+                                     mirror_axes=self.mirror_axes, device=self.device, precision=self.precision, progress=self.progress)
+        total = one if total is None else np.add(total, one, out=total)
+    return total if len(self.networks) == 1 else np.divide(total, len(self.networks), out=total)
 
-    def predict(self,
-        array:np.ndarray,                  # (C, Z, Y, X), channels in the order of the data set
-        spacing:tuple,                     # (z, y, x) in mm
-        return_probabilities:bool=False,   # Also give (K, Z, Y, X) float32 on the image's grid
-    )->np.ndarray:                         # (Z, Y, X) label map, with probabilities if asked for
-        "Segment one image given as an array; raises `PredictionError`"
-        self._check(array)
-        data, _, properties = preprocess_case(np.asarray(array, np.float32), None, tuple(spacing), self.plans, self.configuration.name)
-        probabilities = self.predict_preprocessed(data)
-        labels = to_original_grid(probabilities, properties, self.labels)
-        return (labels, probabilities_to_original_grid(probabilities, properties)) if return_probabilities else labels
+# %% ../nbs/64_prediction.ipynb #74462eed
+@patch
+def _check(self:Predictor, array):
+    "Refuse what the network cannot have been trained for"
+    if np.ndim(array) != 4: raise PredictionError(f'image of shape {np.shape(array)}: expected (C, Z, Y, X)')
+    if len(array) != len(self.plans.channels):
+        raise PredictionError(f"the image has {len(array)} channels, the model expects {len(self.plans.channels)} in this order: {', '.join(self.plans.channels)}")
+    bad = int(np.size(array) - np.isfinite(array).sum())
+    if bad: raise PredictionError(f'the image holds {bad} voxels that are NaN or infinite; repair it first (a label map predicted from them would mean nothing)')
 
-    def _check(self, array):
-        "Refuse what the network cannot have been trained for"
-        if np.ndim(array) != 4: raise PredictionError(f'image of shape {np.shape(array)}: expected (C, Z, Y, X)')
-        if len(array) != len(self.plans.channels):
-            raise PredictionError(f"the image has {len(array)} channels, the model expects {len(self.plans.channels)} in this order: {', '.join(self.plans.channels)}")
-        bad = int(np.size(array) - np.isfinite(array).sum())
-        if bad: raise PredictionError(f'the image holds {bad} voxels that are NaN or infinite; repair it first (a label map predicted from them would mean nothing)')
+# %% ../nbs/64_prediction.ipynb #ab45b7c7
+@patch
+def predict(self:Predictor,
+    array:np.ndarray,                  # (C, Z, Y, X), channels in the order of the data set
+    spacing:tuple,                     # (z, y, x) in mm
+    return_probabilities:bool=False,   # Also give (K, Z, Y, X) float32 on the image's grid
+)->np.ndarray:                         # (Z, Y, X) label map, with probabilities if asked for
+    "Segment one image given as an array; raises `PredictionError`"
+    self._check(array)
+    data, _, properties = preprocess_case(np.asarray(array, np.float32), None, tuple(spacing), self.plans, self.configuration.name)
+    probabilities = self.predict_preprocessed(data)
+    labels = to_original_grid(probabilities, properties, self.labels)
+    return (labels, probabilities_to_original_grid(probabilities, properties)) if return_probabilities else labels
 
-    def predict_files(self,
-        files,     # One image file a channel, in the order of the data set
-        out_file,  # Label map to write
-    )->np.ndarray: # The label map written
-        "Segment one image given as files and write the label map with its geometry; raises `SegnbError`"
-        array, geometry = read_image(files)
-        labels = self.predict(array, geometry.spacing)
-        save_label_map(labels, geometry, out_file)
-        return labels
+# %% ../nbs/64_prediction.ipynb #be46197a
+@patch
+def predict_files(self:Predictor,
+    files,     # One image file a channel, in the order of the data set
+    out_file,  # Label map to write
+)->np.ndarray: # The label map written
+    "Segment one image given as files and write the label map with its geometry; raises `SegnbError`"
+    array, geometry = read_image(files)
+    labels = self.predict(array, geometry.spacing)
+    save_label_map(labels, geometry, out_file)
+    return labels
 
-    def predict_folder(self,
-        source,                  # Folder with `<case>_0000.nii.gz`, ...
-        out,                     # Folder for `<case>.nii.gz`; made if needed
-        file_ending:str='.nii.gz', # Ending of the images and of the label maps
-        overwrite:bool=False,    # Predict again what is already there
-        progress:bool=True,      # Show a bar with a time estimate
-    )->list:                     # Label map files, one a case
-        "Segment every case of a folder; a failing case is named at the end and the others go on; raises `PredictionError`"
-        cases, out = find_cases(source, len(self.plans.channels), file_ending), Path(out)
-        out.mkdir(parents=True, exist_ok=True)
-        check_writable(out)
-        written, failed = [], []
-        for case, files in tqdm(cases.items(), desc='predicting', unit='case', disable=not progress):
-            target = out/f'{case}{file_ending}'
-            try:
-                if overwrite or not target.exists(): self.predict_files(files, target)
-                written.append(target)
-            except SegnbError as error: failed.append(f'{case}: {error}')
-        if failed: raise PredictionError(f'{len(failed)} of {len(cases)} cases failed, the others are in {out}:\n  ' + '\n  '.join(failed))
-        return written
+# %% ../nbs/64_prediction.ipynb #ded3707f
+@patch
+def predict_folder(self:Predictor,
+    source,                  # Folder with `<case>_0000.nii.gz`, ...
+    out,                     # Folder for `<case>.nii.gz`; made if needed
+    file_ending:str='.nii.gz', # Ending of the images and of the label maps
+    overwrite:bool=False,    # Predict again what is already there
+    progress:bool=True,      # Show a bar with a time estimate
+)->list:                     # Label map files, one a case
+    "Segment every case of a folder; a failing case is named at the end and the others go on; raises `PredictionError`"
+    cases, out = find_cases(source, len(self.plans.channels), file_ending), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
+    written, failed = [], []
+    for case, files in tqdm(cases.items(), desc='predicting', unit='case', disable=not progress):
+        target = out/f'{case}{file_ending}'
+        try:
+            if overwrite or not target.exists(): self.predict_files(files, target)
+            written.append(target)
+        except SegnbError as error: failed.append(f'{case}: {error}')
+    if failed: raise PredictionError(f'{len(failed)} of {len(cases)} cases failed, the others are in {out}:\n  ' + '\n  '.join(failed))
+    return written

@@ -227,7 +227,7 @@ def pipeline_strip(
         if i: ax.annotate('', (i+.05, .5), (i-.09, .5), arrowprops=dict(arrowstyle='->', color='#777777'))
         for j, name in enumerate(topics):
             here = name == topic
-            ax.text(i+.08 + .44*(j % 2), .64 - .25*(j//2), ('\u25b8' if here else '') + name.replace('_', ' '), fontsize=7, va='center',
+            ax.text(i+.08 + .44*(j % 2), .64 - .25*(j//2), ('\u25b8' if here else '') + name.replace('_', ' '), fontsize=6.6 if here else 7, va='center',
                     weight='bold' if here else 'normal', color='#b35c00' if here else '#555555')
     show_fig(fig, f'The pipeline from data to prediction; this chapter is {topic}')
 
@@ -258,6 +258,7 @@ def recorded(
 # %% ../nbs/11_viewer.ipynb #1649e2cc
 def _plain(x):
     "Numbers, strings, lists and dicts as JSON has them; floats to six significant digits"
+    if isinstance(x, np.ndarray) and x.ndim == 0: x = x.item()
     if isinstance(x, dict): return {str(k): _plain(v) for k, v in x.items()}
     if isinstance(x, (list, tuple, np.ndarray)): return [_plain(v) for v in x]
     if isinstance(x, (bool, np.bool_)): return bool(x)
