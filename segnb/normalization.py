@@ -42,7 +42,8 @@ def normalize_ct2(
     "Clip to the foreground's percentiles, then use this image's mean and sd strictly between them"
     low, high = float(statistics['percentile_00_5']), float(statistics['percentile_99_5'])
     between = channel[(channel > low) & (channel < high)]
-    if between.size == 0: raise NormalizationError('CT2 finds no voxel to measure', found='none between', expected=f'some strictly between {low} and {high}', fix='use CT')
+    if between.size == 0: raise NormalizationError('CT2 finds no voxel to measure', found='none between',
+                                                   expected=f'some strictly between {low} and {high}', fix='use CT')
     return (np.clip(channel, low, high) - between.mean()) / between.std()
 
 # %% ../nbs/31_normalization.ipynb #302e0297
@@ -59,9 +60,11 @@ def normalize(
     "Normalise every channel by its scheme; raises `NormalizationError` where a scheme lacks what it needs"
     data = np.array(data, dtype=np.float32, order='C')
     if not len(data) == len(schemes) == len(use_mask):
-        raise NormalizationError('channels and plans disagree', found=f'{len(data)} channels', expected=f'{len(schemes)} schemes, {len(use_mask)} mask decisions')
+        raise NormalizationError('channels and plans disagree', found=f'{len(data)} channels',
+                                 expected=f'{len(schemes)} schemes, {len(use_mask)} mask decisions')
     for c, (scheme, masked) in enumerate(zip(schemes, use_mask)):
-        if scheme not in SCHEMES: raise NormalizationError(f'channel {c} has an unknown scheme', found=scheme, expected=f'one of {SCHEMES}')
+        if scheme not in SCHEMES: raise NormalizationError(f'channel {c} has an unknown scheme', found=scheme,
+                                                           expected=f'one of {SCHEMES}')
         if scheme == 'noNorm': continue
         if masked and seg is None: raise NormalizationError(f'channel {c} uses the mask, but there is no label map')
         inside = np.asarray(seg) >= 0 if masked else None
@@ -76,7 +79,10 @@ def normalize(
 def _statistics(intensities, channel, scheme):
     found = (intensities or {}).get(channel, (intensities or {}).get(str(channel)))
     if found is None:
-        raise NormalizationError(f"channel {channel}: scheme {scheme} needs the training set's intensity statistics", found='none in the plans',
+        raise NormalizationError(f"channel {channel}: scheme {scheme} needs the training set's intensity statistics",
+                                 found='none in the plans',
                                  fix='name the channel CT in dataset.json, so that they are collected')
-    if scheme == 'CT' and not found['sd'] > 0: raise NormalizationError(f'channel {channel}: the foreground has no contrast', found=f"sd {found['sd']}", expected='more than 0')
+    if scheme == 'CT' and not found['sd'] > 0:
+        raise NormalizationError(f'channel {channel}: the foreground has no contrast', found=f"sd {found['sd']}",
+                                 expected='more than 0')
     return found

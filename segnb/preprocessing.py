@@ -58,13 +58,15 @@ def preprocess_case(
     if isinstance(configuration, str): configuration = plans.configuration(configuration)
     data, spacing = np.asarray(data, np.float32), tuple(float(mm) for mm in spacing)
     _check_case(data, spacing, plans, identifier)
-    properties = dict(identifier=identifier, shape=data.shape[1:], spacing=spacing, geometry=None if geometry is None else geometry.to_dict())
+    properties = dict(identifier=identifier, shape=data.shape[1:], spacing=spacing,
+                      geometry=None if geometry is None else geometry.to_dict())
     known = seg is not None
     data, seg, bbox = crop_to_nonzero(data, None if seg is None else np.asarray(seg))
     data[np.isnan(data)] = 0
     forward = plans.transpose_forward
     data, seg = data.transpose(0, *(axis + 1 for axis in forward)), seg.transpose(forward)
-    properties.update(bbox=tuple(bbox), shape_after_crop=bbox.shape, transpose_forward=tuple(forward), transpose_backward=tuple(plans.transpose_backward))
+    properties.update(bbox=tuple(bbox), shape_after_crop=bbox.shape, transpose_forward=tuple(forward),
+                      transpose_backward=tuple(plans.transpose_backward))
     try: data, seg = resample_case(data, seg, [spacing[axis] for axis in forward], configuration.spacing)
     except SegnbError as error: raise PreprocessingError(f'resampling failed: {error}', case=identifier) from None
     data = normalize(data, seg, plans.normalization_schemes, plans.use_mask_for_norm, plans.intensities)
@@ -77,11 +79,14 @@ def preprocess_case(
 def _check_case(data, spacing, plans, identifier):
     told = dict(case=identifier)
     if data.ndim != 4 or len(data) != len(plans.channels):
-        raise PreprocessingError('the image does not fit the plans', found=f'shape {data.shape}', expected=f'({len(plans.channels)}, Z, Y, X), channels {plans.channels}', **told)
+        raise PreprocessingError('the image does not fit the plans', found=f'shape {data.shape}',
+                                 expected=f'({len(plans.channels)}, Z, Y, X), channels {plans.channels}', **told)
     if len(spacing) != 3 or not all(0 < mm < np.inf for mm in spacing):
-        raise PreprocessingError('the spacing cannot be used', found=spacing, expected='three positive numbers (z, y, x), mm', **told)
+        raise PreprocessingError('the spacing cannot be used', found=spacing, expected='three positive numbers (z, y, x), mm',
+                                 **told)
     if np.isinf(data).any():
-        raise PreprocessingError('the image holds infinite voxels', found=f'{int(np.isinf(data).sum())} of them', fix='replace them, for instance by the value of air', **told)
+        raise PreprocessingError('the image holds infinite voxels', found=f'{int(np.isinf(data).sum())} of them',
+                                 fix='replace them, for instance by the value of air', **told)
 
 # %% ../nbs/32_preprocessing.ipynb #0c123836
 class PreprocessedCase:
@@ -142,7 +147,8 @@ def load_preprocessed(
 )->dict:    # {identifier: PreprocessedCase}, sorted; nothing is read yet
     "List the finished cases of a folder"
     folder = Path(folder)
-    if not folder.is_dir(): raise PreprocessingError('there is no such folder', file=folder, fix='preprocess this configuration first')
+    if not folder.is_dir(): raise PreprocessingError('there is no such folder', file=folder,
+                                                     fix='preprocess this configuration first')
     return {file.stem: PreprocessedCase(folder, file.stem) for file in sorted(folder.glob('*.json'))}
 
 # %% ../nbs/32_preprocessing.ipynb #0a3b7f33
@@ -166,10 +172,12 @@ def _unfinished(dataset, out, configuration, identity):
     # the cases still to do; refuses a folder with cases of other plans or of no data set
     cases = load_preprocessed(out/configuration)
     foreign = [c for c in cases if c not in dataset.cases]
-    if foreign: raise PreprocessingError('the folder holds cases that are not in the data set', file=out/configuration, found=', '.join(foreign[:5]), fix='choose another folder, or delete them')
+    if foreign: raise PreprocessingError('the folder holds cases that are not in the data set', file=out/configuration,
+                                         found=', '.join(foreign[:5]), fix='choose another folder, or delete them')
     other = [c for c, one in cases.items() if one.properties.get('preprocessing') != identity]
     if other:
-        raise PreprocessingError('the folder holds cases preprocessed by other plans', file=out/configuration, found=f"{len(other)}: {', '.join(other[:5])}",
+        raise PreprocessingError('the folder holds cases preprocessed by other plans', file=out/configuration,
+                                 found=f"{len(other)}: {', '.join(other[:5])}",
                                  expected=f'cases of plans {identity}', fix='choose another folder, or delete this one')
     return [c for c in dataset.cases if c not in cases or cases[c].properties.get('source') != _source(dataset, c)]
 
@@ -192,7 +200,8 @@ def _preprocess_one(case, dataset, plans, out, missing, identities):
     one = dataset.read(case)
     _link_truth(dataset, case, out/'gt_segmentations')
     for configuration in (name for name, cases in missing.items() if case in cases):
-        data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, configuration, case, one.geometry)
+        data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, configuration, case,
+                                                one.geometry)
         properties.update(preprocessing=identities[configuration], source=_source(dataset, case))
         save_preprocessed(data, seg, properties, out/configuration, case)
 
@@ -208,13 +217,15 @@ def preprocess_dataset(
     configurations, out = [configurations] if isinstance(configurations, str) else list(configurations), Path(out)
     planned = {name: plans.configuration(name) for name in configurations}
     if dataset.channels != plans.channels or dataset.labels.foreground != plans.labels:
-        raise PreprocessingError('the plans were made for other data', file=dataset.folder, found=f'channels {dataset.channels}, labels {dataset.labels.foreground}',
+        raise PreprocessingError('the plans were made for other data', file=dataset.folder,
+                                 found=f'channels {dataset.channels}, labels {dataset.labels.foreground}',
                                  expected=f'{plans.channels} and {plans.labels}', fix='plan this data set')
     for folder in (*configurations, 'gt_segmentations'): check_writable(out/folder)
     identities = {name: preprocessing_identity(plans, name) for name in configurations}
     missing = {name: set(_unfinished(dataset, out, name, identities[name])) for name in configurations}
     cases = [c for c in dataset.cases if any(c in todo for todo in missing.values())]
-    size = {c: sum(_expected_bytes(dataset, plans, planned[name], c) for name, todo in missing.items() if c in todo) for c in cases}
+    size = {c: sum(_expected_bytes(dataset, plans, planned[name], c) for name,
+                   todo in missing.items() if c in todo) for c in cases}
     check_writable(out, sum(size.values()))
     plans.save(out/'plans.json')
     known = read_json(out/'dataset.json') if (out/'dataset.json').exists() else {}

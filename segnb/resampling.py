@@ -50,7 +50,8 @@ def spline_matrix(
     if order not in (0, 1, 3):
         raise ResamplingError('this spline order is not offered', found=order, expected='0 (nearest), 1 (linear) or 3 (cubic)')
     if min(n_in, n_out) < 1:
-        raise ResamplingError('an axis cannot be resampled', found=f'{n_in} voxels to {n_out}', expected='at least 1 on both sides')
+        raise ResamplingError('an axis cannot be resampled', found=f'{n_in} voxels to {n_out}',
+                              expected='at least 1 on both sides')
     if order == 0: matrix = np.eye(n_in)[nearest_index(n_in, n_out)]
     else:
         position = sample_positions(n_in, n_out)
@@ -90,6 +91,23 @@ def apply_along(
     return new.reshape(*shape[:axis], n_out, *shape[axis + 1:])
 
 # %% ../nbs/30_resampling.ipynb #c4888d6a
+def _along(volume, n_out, order, axis):
+    n_in = volume.shape[axis]
+    if n_in == n_out: return volume
+    if order == 0: return volume.take(nearest_index(n_in, n_out), axis)
+    return apply_along(volume, spline_matrix(n_in, n_out, order), axis)
+
+
+def _checked(array, shape, ndim, separate):
+    array, shape = np.asarray(array), tuple(int(n) for n in shape)
+    if array.ndim != ndim or len(shape) != 3 or min(array.shape + shape) < 1:
+        raise ResamplingError('the array cannot be resampled', found=f'shape {array.shape} to {shape}',
+                              expected=f"{'(C, Z, Y, X)' if ndim == 4 else '(Z, Y, X)'} to (Z, Y, X), all at least 1")
+    if separate not in (None, 0, 1, 2): raise ResamplingError('no such axis to separate', found=separate,
+                                                              expected='None, 0, 1 or 2')
+    return array, shape
+
+# %% ../nbs/30_resampling.ipynb #9666a9a7
 def resample_image(
     data:np.ndarray,         # (C, Z, Y, X), any intensity unit
     shape:tuple,             # (Z, Y, X) wanted, voxels
@@ -113,28 +131,13 @@ def _resample_volume(volume, shape, order, order_z, separate):
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ResamplingError('the image holds voxels that are not finite', found=f'range {low.min()} to {high.max()}',
                               fix='replace NaN and infinity first: a spline would spread them')
-    anchor = np.clip(np.float32(0), low, high)   # small numbers lose less in single precision: count from the value nearest to 0
+    anchor = np.clip(np.float32(0), low,
+                     high)   # small numbers lose less in single precision: count from the value nearest to 0
     volume = volume - anchor
     for axis in sorted(together, key=lambda a: shape[a] / volume.shape[a]):                  # shrink first, it is cheaper
         volume = _along(volume, shape[axis], order, axis)
     volume = np.clip(volume + anchor, low, high)
     return volume if separate is None else _along(volume, shape[separate], order_z, separate)
-
-
-def _along(volume, n_out, order, axis):
-    n_in = volume.shape[axis]
-    if n_in == n_out: return volume
-    if order == 0: return volume.take(nearest_index(n_in, n_out), axis)
-    return apply_along(volume, spline_matrix(n_in, n_out, order), axis)
-
-
-def _checked(array, shape, ndim, separate):
-    array, shape = np.asarray(array), tuple(int(n) for n in shape)
-    if array.ndim != ndim or len(shape) != 3 or min(array.shape + shape) < 1:
-        raise ResamplingError('the array cannot be resampled', found=f'shape {array.shape} to {shape}',
-                              expected=f"{'(C, Z, Y, X)' if ndim == 4 else '(Z, Y, X)'} to (Z, Y, X), all at least 1")
-    if separate not in (None, 0, 1, 2): raise ResamplingError('no such axis to separate', found=separate, expected='None, 0, 1 or 2')
-    return array, shape
 
 # %% ../nbs/30_resampling.ipynb #c41f8a71
 def resample_label_map(
