@@ -38,7 +38,7 @@ def rotation_matrix(
 # %% ../nbs/41_augmentation.ipynb #720006e9
 def enlarged_patch_size(
     patch_size:tuple, # Patch the network sees: (Z, Y, X), or (Y, X) for turns in the plane; voxels
-    rotation,         # Largest angle, radians: a number, a (low, high) pair for every axis, or one of these per axis
+    rotation,         # Angles, radians: the largest, a (low, high) pair for all axes, or one of these per axis
     scale,            # Smallest scale, or (low, high)
 )->tuple:             # Patch to load, voxels
     "Find the patch to load so that a turned and scaled patch finds most of its voxels"
@@ -65,7 +65,8 @@ class _Table:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name.startswith('p_') and not 0 <= value <= 1: self._refuse(f.name, 'a probability, 0 to 1')
-            pairs = value if f.name == 'rotation' else [value] if isinstance(f.default, tuple) and len(f.default) == 2 else []
+            ranged = isinstance(f.default, tuple) and f.name != 'mirror_axes'
+            pairs = value if f.name == 'rotation' else [value] if ranged else []
             if any(len(pair) != 2 or pair[0] > pair[1] for pair in pairs): self._refuse(f.name, '(low, high)')
 
     def _refuse(self, name, expected):
@@ -73,17 +74,20 @@ class _Table:
 
     def _row(self, f):
         value = getattr(self, f.name)
-        if f.name == 'rotation': value = tuple(tuple(round(float(np.rad2deg(a)), 6) for a in pair) for pair in value)
-        return f"| {f.name} | {value}{' degrees' if f.name == 'rotation' else ''} | {f.metadata['meaning']} | {f.metadata['source']} |"
+        if f.name == 'rotation':
+            value = ', '.join(f'{np.rad2deg(low):g}..{np.rad2deg(high):g}' for low, high in value) + ' degrees'
+        return f"| {f.name} | {value} | {f.metadata['meaning']} | {f.metadata['source']} |"
 
     def __str__(self):
-        return '\n'.join(['| parameter | value | meaning | set in nnU-Net 1.7.1 by |', '|---|---|---|---|', *map(self._row, fields(self))])
+        head = ['| parameter | value | meaning | set in nnU-Net 1.7.1 by |', '|---|---|---|---|']
+        return '\n'.join(head + [self._row(f) for f in fields(self)])
 
     def _repr_markdown_(self): return str(self)
 
 # %% ../nbs/41_augmentation.ipynb #0b77f64a
 _30 = (-30/360*2*np.pi, 30/360*2*np.pi)
-_BASE, _MORE, _V2 = 'default_3D_augmentation_params', 'get_moreDA_augmentation', 'nnUNetTrainerV2.setup_DA_params'
+_BASE, _MORE = 'default_3D_augmentation_params', 'get_moreDA_augmentation'
+_V2, _PLANS = 'nnUNetTrainerV2.setup_DA_params', 'do_dummy_2D_data_aug of the plans'
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,8 @@ class AugmentationParameters(_Table):
     p_rotation:float = _parameter(0.2, 'chance of a turn, per sample', _BASE)
     scale:tuple = _parameter((0.7, 1.4), 'factor on the coordinates: below 1 objects grow', _V2)
     p_scale:float = _parameter(0.2, 'chance of scaling, per sample', _BASE)
-    dummy_2d:bool = _parameter(False, 'turn and scale in the plane of axes 1 and 2 only', 'do_dummy_2D_data_aug of the plans')
-    margin_scale:float = _parameter(0.85, 'smallest scale the loaded patch has room for', _BASE)
+    dummy_2d:bool = _parameter(False, 'turn and scale in the plane of axes 1 and 2 only', _PLANS)
+    margin_scale:float = _parameter(0.85, 'the size of the loaded patch is divided by it', _BASE)
     noise:tuple = _parameter((0, 0.1), 'sd of Gaussian noise', _MORE)
     p_noise:float = _parameter(0.1, 'chance of noise, per sample', _MORE)
     blur:tuple = _parameter((0.5, 1.), 'sigma of Gaussian blur, voxels', _MORE)
@@ -137,7 +141,8 @@ def _reach(box, matrix, offset, out_shape):
     corners = np.array(list(itertools.product(*sides)))
     reached = np.linalg.solve(matrix, (corners - offset).T)
     low = np.clip(np.floor(reached.min(1)).astype(int), 0, out_shape)
-    return tuple(slice(a, b) for a, b in zip(low, np.clip(np.ceil(reached.max(1)).astype(int) + 1, low, out_shape)))
+    high = np.clip(np.ceil(reached.max(1)).astype(int) + 1, low, out_shape)
+    return tuple(slice(a, b) for a, b in zip(low, high))
 
 # %% ../nbs/41_augmentation.ipynb #babe6f3a
 def warp_image(
@@ -159,12 +164,12 @@ def warp_labels(
     labels, offset = labels.astype(np.int16), _offset(labels.shape, matrix, out_shape)
     low, out, ties = min(0, int(labels.min())), np.zeros(out_shape, np.float32), False
     for label, box in enumerate(ndimage.find_objects(labels - low + 1), low):
-        if box is None or label == 0 and not ties: continue # the result is 0 already; 0 can only win ties against -1
+        if box is None or label == 0 and not ties: continue # the result starts as 0, which else wins only ties with -1
         part = _reach(box, matrix, offset, out_shape)
         start, shape = zip(*((side.start, side.stop - side.start) for side in part))
         if 0 in shape: continue
-        share = ndimage.affine_transform((labels == label).view(np.uint8), matrix, offset + matrix @ start, shape,
-                                         np.float64, order=1, mode='constant')
+        mask = (labels == label).view(np.uint8)
+        share = ndimage.affine_transform(mask, matrix, offset + matrix @ start, shape, float, order=1, mode='constant')
         out[part][share >= .5] = label
         ties = ties or bool((share == .5).any())
     return out
@@ -215,15 +220,17 @@ class RotateScaleCrop(AbstractTransform):
 
     def __call__(self, **batch):
         dim = 2 if self.in_plane else 3
-        outs = {name: np.empty((*batch[name].shape[:2], *self.patch_size), np.float32) for name in ('data', 'seg')}
+        new = {k: np.empty((*batch[k].shape[:2], *self.patch_size), np.float32) for k in ('data', 'seg')}
         for i in range(len(batch['data'])):
             matrix = draw_matrix(*self.draws)
-            for name, warp in (('data', warp_image), ('seg', warp_labels)):
-                source, out = batch[name][i], outs[name][i]
-                if matrix is None: out[:] = centre_crop(source, self.patch_size)
-                else: # volumes of a channel, or its slices
-                    for a, b in zip(source.reshape(-1, *source.shape[-dim:]), out.reshape(-1, *out.shape[-dim:])): b[:] = warp(a, matrix, b.shape)
-        return {**batch, **outs}
+            for k, warp in (('data', warp_image), ('seg', warp_labels)):
+                source, out = batch[k][i], new[k][i]
+                if matrix is None:
+                    out[:] = centre_crop(source, self.patch_size)
+                    continue
+                parts = (a.reshape(-1, *a.shape[-dim:]) for a in (source, out)) # the channels, or all their slices
+                for before, after in zip(*parts): after[:] = warp(before, matrix, after.shape)
+        return {**batch, **new}
 
 # %% ../nbs/41_augmentation.ipynb #914ac7ee
 class MaskOutside(AbstractTransform):
@@ -234,7 +241,8 @@ class MaskOutside(AbstractTransform):
         self.channels = np.array(channels, bool)
 
     def __call__(self, **batch):
-        for data, seg in zip(batch['data'], batch['seg']): data[self.channels] = np.where(seg < 0, 0, data[self.channels])
+        for data, seg in zip(batch['data'], batch['seg']):
+            data[self.channels] = np.where(seg < 0, 0, data[self.channels])
         return batch
 
 # %% ../nbs/41_augmentation.ipynb #d5b0e42c
@@ -304,8 +312,8 @@ def validation_transforms(
 # %% ../nbs/41_augmentation.ipynb #17c8bde6
 class BatchError(SegnbError):
     "Say which sample could not be made: its case, its key and where it failed"
-    def __init__(self, problem, *, case=None, key=None, traceback='', **told):
-        super().__init__(problem, case=case, **told)
+    def __init__(self, problem, case=None, key=None, traceback=''):
+        super().__init__(problem)
         self.case, self.key, self.traceback = case, key, traceback
 
 # %% ../nbs/41_augmentation.ipynb #bf5e61c1
@@ -324,7 +332,8 @@ def _seeded(rng):
 class _Batches:
     "The batch of any index, the same wherever it is made"
     def __init__(self, loader, transforms, seed, iterations, stage):
-        self.loader, self.transforms, self.seed, self.iterations, self.stage = loader, transforms, seed, iterations, stage
+        self.loader, self.transforms = loader, transforms
+        self.seed, self.iterations, self.stage = seed, iterations, stage
 
     def sample(self, *place):
         key = self.seed, self.stage, *place
@@ -336,25 +345,30 @@ class _Batches:
                 return case, self.transforms(data=data[None], seg=seg[None])
         except Exception as error:
             where = traceback.format_exc()
-            raise BatchError(f'the sample with key (seed, stage, epoch, iteration, position) {key} cannot be made: '
-                             f'{type(error).__name__}: {error}', case=case, key=key, traceback=where, fix=f'It failed here:\n{where}') from error
+            problem = f'case {case}: no sample for key (seed, stage, epoch, iteration, position) {key}'
+            problem += f'; {type(error).__name__}: {error}; it failed here:\n{where}'
+            raise BatchError(problem, case, key, where) from error
 
     def __getitem__(self, index):
         import torch
         place = divmod(index, self.iterations)
-        names, samples = zip(*(self.sample(*place, position) for position in range(self.loader.batch_size)))
+        names, samples = zip(*(self.sample(*place, i) for i in range(self.loader.batch_size)))
         targets = [s['target'] if isinstance(s['target'], list) else [s['target']] for s in samples]
         def join(arrays): return torch.from_numpy(np.concatenate(arrays))
-        return {'data': join([s['data'] for s in samples]), 'target': [join(level) for level in zip(*targets)], 'keys': list(names)}
+        data, target = join([s['data'] for s in samples]), [join(level) for level in zip(*targets)]
+        return {'data': data, 'target': target, 'keys': list(names)}
 
 # %% ../nbs/41_augmentation.ipynb #491e6e50
 class _InWorker:
-    "The same batches; an error is handed over instead of raised, so that it arrives whole"
+    "The same batches; an error is handed over as plain text, which arrives whatever the error was"
     def __init__(self, batches): self.batches = batches
 
     def __getitem__(self, index):
         try: return self.batches[index]
-        except BatchError as error: return error
+        except BatchError as error: return str(error), error.case, error.key, error.traceback
+        except Exception:
+            where = traceback.format_exc()
+            return f'a batch cannot be put together; it failed here:\n{where}', None, None, where
 
 
 def _as_it_is(batch): return batch
@@ -400,14 +414,17 @@ def _batch(self, index):
     "The batch of this index, and the workers ready for the next"
     if self.n_workers == 0: return self.batches[index]
     if index != self._next: self._start(index)
-    try: batch = next(self._iterator)
+    try:
+        dead = [worker.pid for worker in self._iterator._workers if not worker.is_alive()]
+        if dead: raise RuntimeError(f'process {dead[0]} has ended')
+        batch = next(self._iterator)
     except RuntimeError as error:
         self.close()
-        raise BatchError(f'a worker of stage {self.batches.stage} is gone: {error}', expected='enough memory, also in /dev/shm',
-                         fix='use fewer workers, or n_workers=0') from error
-    if isinstance(batch, BatchError):
+        raise BatchError(f'a worker of stage {self.batches.stage} is gone: {error}; was it out of memory, '
+                         'also in /dev/shm? Use fewer workers, or n_workers=0') from error
+    if isinstance(batch, tuple):
         self.close()
-        raise batch
+        raise BatchError(*batch)
     self._next = index + 1
     return batch
 
@@ -417,11 +434,14 @@ def _start(self, index):
     import torch
     self.close()
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', message='This DataLoader will create') # more workers than cores: the user's choice
+        warnings.filterwarnings('ignore', message='This DataLoader will create') # more workers than cores
         loader = torch.utils.data.DataLoader(
             _InWorker(self.batches), batch_size=None, sampler=itertools.count(index), num_workers=self.n_workers,
             collate_fn=_as_it_is, worker_init_fn=_start_worker, pin_memory=self.pin_memory,
             multiprocessing_context=self.start_method, generator=torch.Generator().manual_seed(0))
         self._iterator, self._next = iter(loader), index
+    # a dead worker is reported by the next batch; torch's signal would interrupt whatever runs at that moment
+    torch.utils.data._utils.signal_handling._remove_worker_pids(id(self._iterator))
+    self._iterator._worker_pids_set = False
 
 BatchStream._batch, BatchStream._start = _batch, _start
