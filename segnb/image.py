@@ -52,23 +52,23 @@ class Geometry:
         index,  # (z, y, x) voxel index; fractions allowed
     )->tuple:   # (x, y, z) mm
         "Find the world position of a voxel"
-        steps = np.multiply(index, self.spacing)[::-1]
-        return tuple((np.array(self.origin) + np.reshape(self.direction, (3, 3)) @ steps).tolist())
+        along = np.reshape(self.direction, (3, 3)) @ np.multiply(index, self.spacing)[::-1]
+        return tuple((np.array(self.origin) + along).tolist())
 
     def differences(self,
         other,                # Geometry to compare with, the one that is expected
         tolerance:float=.01,  # Largest displacement anywhere in the grid that counts as equal, in voxels
     )->list:                  # Sentences, one per property that differs; empty when the grids agree
         "Say in what two grids differ"
-        out = [] if self.shape == other.shape else [f'shape {self.shape} instead of {other.shape}']
-        n, mm = np.array(other.shape), np.array(other.spacing)
-        cosines = np.abs(np.subtract(self.direction, other.direction)).reshape(3, 3).max(0)[::-1]
+        out, n, mm = [], np.array(other.shape), np.array(other.spacing)
+        if self.shape != other.shape: out.append(f'shape {self.shape} instead of {other.shape}')
         for name, unit, apart in (
             ('spacing', ' mm', np.abs(np.subtract(self.spacing, mm)) * n / mm),
             ('origin', ' mm', np.abs(np.subtract(self.origin, other.origin)).max() / mm.min()),
-            ('direction', '', cosines * n)):
+            ('direction', '', np.abs(np.subtract(self.direction, other.direction)).reshape(3, 3).max(0)[::-1] * n)):
             if not np.max(apart) <= tolerance:
-                out.append(f'{name} {getattr(self, name)}{unit} instead of {getattr(other, name)}{unit}, up to {np.max(apart):.3g} voxels apart')
+                a, b = (tuple(float(f'{v:.7g}') for v in getattr(g, name)) for g in (self, other))
+                out.append(f'{name} {a}{unit} instead of {b}{unit}, up to {np.max(apart):.3g} voxels apart')
         return out
 
     def to_dict(self)->dict:  # Plain numbers and lists, ready for JSON
