@@ -149,7 +149,7 @@ def load_preprocessed(
     folder = Path(folder)
     if not folder.is_dir(): raise PreprocessingError('there is no such folder', file=folder,
                                                      fix='preprocess this configuration first')
-    return {file.stem: PreprocessedCase(folder, file.stem) for file in sorted(folder.glob('*.json'))}
+    return {file.stem: PreprocessedCase(folder, file.stem) for file in sorted(folder.glob('*.json')) if file.name[0] != '.'}
 
 # %% ../nbs/32_preprocessing.ipynb #0a3b7f33
 def preprocessing_identity(

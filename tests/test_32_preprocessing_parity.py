@@ -78,9 +78,11 @@ def test_a_killed_run_resumes_and_leaves_no_half_files(task, tmp_path):
     first = tmp_path/'out'/'3d_fullres'/'c0_data.npy'
     made = first.stat().st_mtime_ns
     (tmp_path/'out'/'3d_fullres'/'c1_data.npy').write_bytes(b'half a file')            # arrays without their JSON do not count
+    half = tmp_path/'out'/'3d_fullres'/'.0123456789ab.c1.json'; half.write_text('{')                  # left by a kill while JSON is written
     assert list(load_preprocessed(tmp_path/'out'/'3d_fullres')) == ['c0']
     assert preprocess_dataset(dataset, plans, tmp_path/'out', n_workers=0) == ('c1', 'c2')
     assert first.stat().st_mtime_ns == made and preprocess_dataset(dataset, plans, tmp_path/'out', n_workers=0) == ()
+    half.unlink()
     preprocess_dataset(dataset, plans, tmp_path/'whole', n_workers=0)
     assert contents(tmp_path/'out') == contents(tmp_path/'whole')
 
