@@ -389,7 +389,7 @@ class BatchStream:
         iterations:int,        # Batches of an epoch
         n_workers:int=None,    # Processes; 0: this one; None: what `default_workers` finds
         stage:str='train',     # Part of the key: streams of different stages differ
-        pin_memory:bool=False, # Page-lock the tensors, for faster copies to a GPU
+        pin_memory:bool=False, # Let workers page-lock the tensors, for faster copies to a GPU
         start_method:str=None, # 'fork', 'spawn' or 'forkserver'; None: the system's
     ):
         self.batches, self.iterations = _Batches(loader, transforms, seed, iterations, stage), iterations
