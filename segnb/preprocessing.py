@@ -224,8 +224,8 @@ def preprocess_dataset(
     identities = {name: preprocessing_identity(plans, name) for name in configurations}
     missing = {name: set(_unfinished(dataset, out, name, identities[name])) for name in configurations}
     cases = [c for c in dataset.cases if any(c in todo for todo in missing.values())]
-    size = {c: sum(_expected_bytes(dataset, plans, planned[name], c) for name,
-                   todo in missing.items() if c in todo) for c in cases}
+    size = {c: sum(_expected_bytes(dataset, plans, planned[name], c) for name, todo in missing.items() if c in todo)
+            for c in cases}
     check_writable(out, sum(size.values()))
     plans.save(out/'plans.json')
     known = read_json(out/'dataset.json') if (out/'dataset.json').exists() else {}
