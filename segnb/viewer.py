@@ -340,7 +340,7 @@ def journey(
     known = json.loads(file.read_text(encoding='utf-8'))
     for key in set(values) | set(known):
         a, b = values.get(key), known.get(key)
-        same = np.allclose(a, b, rtol=1e-4, atol=1e-6) if isinstance(b, (int, float, list)) and np.shape(a) == np.shape(b) and not isinstance(a, str) else a == b
+        same = np.allclose(a, b, rtol=1e-4, atol=1e-6) if _numeric(a) and _numeric(b) and np.shape(a) == np.shape(b) else a == b
         assert same, f'the marked voxel: {key} is {a}, recorded {b} in {file.name}'
     steps = [(p.stem.split('_', 1)[1], json.loads(p.read_text(encoding='utf-8'))) for p in sorted(folder.glob('*.json')) if p.stem <= name]
     show_table(['chapter', 'the marked voxel'], [(('\u25b6 ' if s == topic else '') + s, '; '.join(f"{k.replace('_', ' ')} {_text(v)}" for k, v in d.items())) for s, d in steps])
