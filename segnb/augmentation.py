@@ -418,7 +418,7 @@ def _batch(self, index):
         dead = [worker.pid for worker in self._iterator._workers if not worker.is_alive()]
         if dead: raise RuntimeError(f'process {dead[0]} has ended')
         batch = next(self._iterator)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error: # the last two: its tensors went with it
         self.close()
         raise BatchError(f'a worker of stage {self.batches.stage} is gone: {error}; was it out of memory, '
                          'also in /dev/shm? Use fewer workers, or n_workers=0') from error
