@@ -173,39 +173,6 @@ def browse(
         values = dict(zip(ranges, values))
         show_fig(draw(**values), f"{alt} ({', '.join(f'{k} = {v}' for k, v in values.items())})")
 
-# %% ../nbs/11_viewer.ipynb #0453d3d9
-def _extremes(value):
-    "(default, low, high) of a range: (low, high, default) or a list of choices"
-    if isinstance(value, tuple): return value[2], value[0], value[1]
-    return value[0], value[0], value[-1]
-
-def _live():
-    "Whether sliders can be shown: a kernel with ipywidgets, not a test, not a stored run"
-    if os.environ.get('SEGNB_STATIC') or os.environ.get('IN_TEST'): return False
-    try: import ipywidgets
-    except ImportError: return False
-    from IPython import get_ipython
-    return getattr(get_ipython(), 'kernel', None) is not None
-
-def browse(
-    draw,          # Function of the ranges' names that returns a figure
-    alt:str='',    # Alternative text of the static form
-    **ranges,      # name=(low, high, default) for a slider, name=[...] for a menu
-):
-    "Show sliders in a live notebook; elsewhere the default and the two extremes"
-    if _live():
-        import ipywidgets
-        def slider(v):
-            if not isinstance(v, tuple): return ipywidgets.Dropdown(options=v)
-            kind = ipywidgets.IntSlider if all(isinstance(x, int) for x in v) else ipywidgets.FloatSlider
-            return kind(min=v[0], max=v[1], value=v[2], **({} if kind is ipywidgets.IntSlider else dict(step=(v[1]-v[0])/100)))
-        ipywidgets.interact(lambda **values: show_fig(draw(**values), alt), **{k: slider(v) for k, v in ranges.items()})
-        return
-    settings = list(zip(*[_extremes(v) for v in ranges.values()]))
-    for values in dict.fromkeys(settings):
-        values = dict(zip(ranges, values))
-        show_fig(draw(**values), f"{alt} ({', '.join(f'{k} = {v}' for k, v in values.items())})")
-
 # %% ../nbs/11_viewer.ipynb #489eaa95
 STAGES = (('data', ('image', 'viewer', 'labels', 'workers', 'dataset', 'samples')),
           ('plan', ('cropping', 'fingerprint', 'spacing', 'topology', 'planning')),
@@ -325,6 +292,11 @@ def marked_voxel(
     return tuple(int(i) for i in where[np.argmin(((where - where.mean(0))**2).sum(1))])
 
 # %% ../nbs/11_viewer.ipynb #c4501755
+def _numeric(x):
+    "Whether a plain value is made of numbers only"
+    try: return np.asarray(x).dtype.kind in 'if'
+    except ValueError: return False
+
 def journey(
     topic:str,  # Module name of the chapter
     **values,   # What became of the marked voxel here: plain numbers, strings, lists
