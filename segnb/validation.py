@@ -16,20 +16,14 @@ from .metrics import evaluate_folder
 from .prediction import Predictor
 from .preprocessing import load_preprocessed, preprocessing_identity
 from .training import load_checkpoint
-from .workers import check_writable, write_json
+from .workers import check_writable, read_json, write_json
 
 # %% ../nbs/65_validation.ipynb #d26b9d22
 class ValidationError(SegnbError):
     "Say why a fold cannot be validated"
 
-def _truth(preprocessed, case):
-    "The reference label map of a case, and its ending"
-    found = sorted((preprocessed/'gt_segmentations').glob(f'{case}.*'))
-    if not found: raise ValidationError('the reference label map is missing', case=case, file=preprocessed/'gt_segmentations', fix='preprocess the data set again')
-    return found[0], found[0].name[len(case):]
-
 def _held_back(model, fold, checkpoint, preprocessed, predictor):
-    "The cases that the fold's network did not train on, ready to predict: {name: (preprocessed case, ending)}"
+    "The cases that the fold's network did not train on, ready to predict: {name of the label map: preprocessed case}"
     file = model/f'fold_{fold}'/f'checkpoint_{checkpoint}.pt'
     names, configuration = load_checkpoint(file)['val_cases'], predictor.configuration.name
     there = load_preprocessed(preprocessed/configuration)
@@ -39,7 +33,10 @@ def _held_back(model, fold, checkpoint, preprocessed, predictor):
     for name in names:
         if there[name].properties.get('preprocessing', expected) != expected:
             raise ValidationError('the case was preprocessed by another plan than the model\'s', case=name, file=preprocessed/configuration, fix='preprocess with the model\'s plans.json')
-    return {name: (there[name], _truth(preprocessed, name)[1]) for name in names}
+    ending = read_json(preprocessed/'dataset.json').get('file_ending', '.nii.gz')
+    lost = [n for n in names if not (preprocessed/'gt_segmentations'/f'{n}{ending}').exists()]
+    if lost: raise ValidationError('the reference label map is missing', case=', '.join(lost[:5]), file=preprocessed/'gt_segmentations', fix='preprocess the data set again')
+    return {f'{name}{ending}': there[name] for name in names}
 
 # %% ../nbs/65_validation.ipynb #43fd7419
 def predict_case(
@@ -69,12 +66,14 @@ def validate_fold(
     cases, out, failed = _held_back(model, fold, checkpoint, preprocessed, predictor), model/f'fold_{fold}'/'validation', []
     check_writable(out)
     (out/'summary.json').unlink(missing_ok=True)
-    for name, (case, ending) in tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)):
+    hidden = {True: None, False: True}.get(progress, False)
+    for name, case in tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable=hidden):
         try:
-            if overwrite or not (out/f'{name}{ending}').exists(): predict_case(predictor, case, out/f'{name}{ending}')
-        except (SegnbError, OSError) as error: failed.append(f'{name}: {error}')
+            if overwrite or not (out/name).exists(): predict_case(predictor, case, out/name)
+        except (SegnbError, OSError) as error: failed.append(f'{case.case}: {error}')
     if failed: raise ValidationError(f'{len(failed)} of {len(cases)} cases failed, the others are written', file=out, found=' | '.join(failed))
-    result = evaluate_folder(preprocessed/'gt_segmentations', out, predictor.labels, cases=list(cases), n_workers=0, progress=False)
+    names = [case.case for case in cases.values()]
+    result = evaluate_folder(preprocessed/'gt_segmentations', out, predictor.labels, cases=names, n_workers=0, progress=False)
     result['held_back'] = str(fold) != 'all' # the cases of fold 'all' were trained on
     write_json(result, out/'summary.json')
     return result
