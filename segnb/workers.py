@@ -91,16 +91,36 @@ def _portable(error):
         if str(pickle.loads(pickle.dumps(error))) == str(error): return error
     return SegnbError(str(error))
 
-def _work(fn, index, task):
-    "Run one task in a worker: ('done', result), ('refused', SegnbError) or ('failed', text), and the traceback"
-    global _busy
-    _held[index], _busy = os.getpid(), True
+# %% ../nbs/13_workers.ipynb #49e32e89
+def _outcome(fn, task):
+    "Run one task: ('done', result, ''), ('refused', SegnbError, traceback) or ('failed', text, traceback)"
     try: return 'done', pickle.loads(fn)(task), ''
     except SegnbError as e: return 'refused', _portable(e), tracebacks.format_exc()
     except BaseException as e:
         if isinstance(e, SystemExit) and e.code == 143: os._exit(143)
         return 'failed', f'{type(e).__name__}: {e}', tracebacks.format_exc()
+
+def _work(fn, index, task, folder):
+    "Run one task in a worker; a large outcome goes into a file, since a process that dies while it fills a pipe blocks the reader"
+    global _busy
+    _held[index], _busy = os.getpid(), True
+    try:
+        outcome = _outcome(fn, task)
+        try: data = pickle.dumps(outcome, 5)
+        except Exception as e: data = pickle.dumps(('failed', f'the result cannot travel between processes: {e}', ''))
+        if len(data) < 8192: return data
+        file = Path(folder)/str(index)
+        file.write_bytes(data)
+        return file
+    except SystemExit: os._exit(143)
     finally: _busy = False
+
+def _receive(parcel):
+    "Unpack what a worker sent, and remove its file"
+    if isinstance(parcel, bytes): return pickle.loads(parcel)
+    data = parcel.read_bytes()
+    parcel.unlink()
+    return pickle.loads(data)
 
 # %% ../nbs/13_workers.ipynb #0e6fa8e7
 def _short(names, most=8):
@@ -163,14 +183,15 @@ def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
     "Run the tasks in processes; the first failure ends all"
     context, before = multiprocessing.get_context(start_method), set(multiprocessing.active_children())
     held = context.Array('q', len(tasks), lock=False)
+    folder = tempfile.mkdtemp(prefix='segnb_')
     pool = ProcessPoolExecutor(n_workers, context, _start_worker, (held,))
     workers, results = {}, {}
     try:
-        futures = {pool.submit(_work, fn, i, task): i for i, task in enumerate(tasks)}
+        futures = {pool.submit(_work, fn, i, task, folder): i for i, task in enumerate(tasks)}
         workers = {p.pid: p for p in set(multiprocessing.active_children()) - before}
         for future in as_completed(futures):
             i, missing = futures[future], [n for j, n in enumerate(names) if j not in results]
-            try: kind, value, tb = future.result()
+            try: kind, value, tb = _receive(future.result())
             except BrokenProcessPool:
                 for p in workers.values(): p.join(2)
                 unfinished = [j for j in range(len(names)) if j not in results]
@@ -184,6 +205,7 @@ def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
     except BaseException:
         _halt(pool, workers)
         raise
+    finally: shutil.rmtree(folder, ignore_errors=True)
     pool.shutdown()
     return [results[i] for i in range(len(tasks))]
 

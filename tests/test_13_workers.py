@@ -29,6 +29,20 @@ def wait_then(job):
     return name
 
 
+def large(i):
+    "Fail at once, or return 40 MB at the same time"
+    if i == 0:
+        time.sleep(.1)
+        raise ValueError('no')
+    return np.zeros(5_000_000) if i == 1 else np.zeros(5)
+
+
+def die_while_large(i):
+    import threading
+    if i == 1: threading.Timer(.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    return np.zeros(60_000_000) if i == 1 else i
+
+
 def random_sum(i): return float(keyed_rng(1, 'sum', i).normal(size=100).sum())
 
 
@@ -72,7 +86,7 @@ def test_an_error_arrives_while_others_still_work(tmp_path, method, what, kind, 
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSEGV])
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGUSR1])
 def test_a_worker_killed_from_outside_is_named(tmp_path, method, number):
     import threading
     killed = []
@@ -93,6 +107,13 @@ def test_a_worker_killed_from_outside_is_named(tmp_path, method, number):
     assert e.value.task == 'ct_002' and number.name in str(e.value) and {'ct_002', 'ct_003'} <= set(e.value.unfinished)
     assert ('memory' in str(e.value)) == (number == signal.SIGKILL)
     assert gone(pids(tmp_path))
+
+
+def test_a_large_result_on_its_way_blocks_nobody():
+    for _ in range(4):
+        with pytest.raises(WorkerError, match='no'): parallel_map(large, range(4), 2)
+    with pytest.raises(WorkerError, match='SIGKILL'): parallel_map(die_while_large, range(3), 2)
+    assert [r.shape for r in parallel_map(large, [1, 2, 1], 2)] == [(5_000_000,), (5,), (5_000_000,)]
 
 
 def test_a_stopped_writer_leaves_no_half_file(tmp_path):
