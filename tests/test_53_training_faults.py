@@ -25,7 +25,7 @@ def make_task(folder, n=6, **changes):
         seg = ((r < 7).astype(np.int8) + (r < 4)).astype(np.int8)
         data = (seg + rng.normal(0, .3, seg.shape)).astype(np.float32)[None]
         save_preprocessed(data, seg, {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}, folder/'3d_fullres', f'c{i}')
-    plan = dict(patch_size=[16, 16, 16], batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2, 2, 2], pool_op_kernel_sizes=[[2, 2, 2]]*2,
+    plan = dict(name='3d_fullres', patch_size=[16, 16, 16], batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2, 2, 2], pool_op_kernel_sizes=[[2, 2, 2]]*2,
                 conv_kernel_sizes=[[3, 3, 3]]*3, do_dummy_2d_data_aug=False, base_num_features=2, max_num_features=320, batch_dice=False) | changes
     Plans('Balls', 'hand', 8, ['MR'], [1, 2], [1, 1, 1], [0, 1, 2], [0, 1, 2], ['nonCT'], [False], None, {'3d_fullres': plan}, {}).save(folder/'plans.json')
     labels = {'background': 0, 'ball': 1, 'core': 2}
