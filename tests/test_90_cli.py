@@ -1,12 +1,12 @@
 """The `segnb` command from end to end: every verb by the real program, interruption, the demo, and geometry that survives."""
-import json, re, shutil, signal, sys
+import json, os, re, shutil, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
 
-from conftest import QUICK, command, files
+from conftest import QUICK, SEGNB, command, files
 
 VERBS = ('demo', 'plan', 'preprocess', 'train', 'predict', 'evaluate')
 
@@ -120,6 +120,16 @@ def test_a_killed_training_continues_to_the_same_weights(ct, tmp_path, when):
     mine, straight = (weights(f/'checkpoint_final.pt') for f in (fold, ct.fold))
     assert all(torch.equal(mine[k], straight[k]) for k in straight) and len(mine) == len(straight)
     assert [json.loads(line)['epoch'] for line in (fold/'log.jsonl').read_text().splitlines()] == [0, 1]
+
+
+def test_ctrl_c_says_so_and_leaves_the_fold_free(ct, tmp_path):
+    shutil.copytree(ct.preprocessed, tmp_path/'preprocessed'/ct.raw.name)
+    train, fold = ['train', ct.raw.name, '0', '-w', str(tmp_path), *map(str, QUICK)], tmp_path/'models'/ct.raw.name/'3d_fullres'/'fold_0'
+    run = subprocess.Popen([SEGNB, *train, '--epochs', '1000'], stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    while run.poll() is None and not (fold/'checkpoint_latest.pt').exists(): time.sleep(.05)
+    run.send_signal(signal.SIGINT)
+    assert 'segnb: interrupted' in run.communicate()[1] and run.returncode == 130
+    assert (fold/'checkpoint_latest.pt').exists() and not (fold/'training.lock').exists() and not [f for f in files(fold) if f.startswith('.')]
 
 
 def test_validation_alone_and_training_twice(ct, segnb, tmp_path):

@@ -159,6 +159,29 @@ def test_models_and_folders_that_are_not_there(segnb, ct, tmp_path, args, words)
     assert files(tmp_path) == set()
 
 
+@pytest.mark.parametrize('verb, args, words', [
+    ('plan', ['-j', -1], ['-1']),
+    ('plan', ['--planner', 'huge'], ['huge', 'nnunet_v1', 'cpu']),
+    ('plan', ['--memory-gb', 0], ['memory_gb', 'above 0']),
+    ('preprocess', ['-c', '2d'], ['2d', '3d_fullres']),
+    ('train', ['--epochs', 0], ['epochs', 'found 0', 'from 1']),
+    ('train', ['--device', 'abacus'], ['abacus', 'cpu']),
+    ('train', ['--precision', 'fp16', '--device', 'cpu'], ['fp16', 'bf16']),
+    ('predict', ['--step-size', 0], ['step_size', '0', '1']),
+    ('predict', ['--precision', 'fp16'], ['fp16', 'bf16']),
+    ('evaluate', ['-o', 'nowhere/at/all/summary.json'], ['nowhere'])], ids=lambda x: ' '.join(map(str, x)) if x and isinstance(x, list) and str(x[0]).startswith('-') else None)
+def test_options_that_cannot_be_used(segnb, own, ct, tmp_path, monkeypatch, verb, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path/'nowhere').write_text('')  # a file where a folder is needed
+    start = dict(plan=(ct.raw, '-w', tmp_path/'new'), preprocess=(own.name, '-w', own.workspace), train=(own.name, 1, '-w', own.workspace),
+                 predict=('-i', ct.raw/'imagesTs', '-o', tmp_path/'out', '-m', own.model, '-q'), evaluate=('-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr'))[verb]
+    before = files(tmp_path)
+    try: said = segnb(verb, *start, *args)
+    except SystemExit as error: assert error.code == 2  # argparse has said it
+    else: refused(said, *words)
+    assert files(tmp_path) == before
+
+
 def test_a_data_set_without_a_plan_or_without_arrays(segnb, own, ct, tmp_path):
     refused(segnb('train', own.name, 0, '-w', tmp_path/'new'), 'no plan', own.name, 'segnb plan')
     refused(train(segnb, own, '-c', '3d_lowres'), '3d_lowres', '3d_fullres')
