@@ -32,7 +32,7 @@ demo: $(VENV)/run
 test: $(VENV)/dev
 	$(BIN)/python tools/in_step.py
 	cd nbs && OMP_NUM_THREADS=1 SEGNB_STATIC=1 ../$(BIN)/nbdev_test --path . --timing
-	$(BIN)/python -m pytest -q --durations=5 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 tests
 
 lab: $(VENV)/dev
 	$(BIN)/jupyter lab nbs

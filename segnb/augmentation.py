@@ -315,6 +315,7 @@ class BatchError(SegnbError):
     def __init__(self, problem, case=None, key=None, traceback=''):
         super().__init__(problem)
         self.case, self.key, self.traceback = case, key, traceback
+        if traceback: self.add_note(traceback)
 
 # %% ../nbs/41_augmentation.ipynb #bf5e61c1
 @contextlib.contextmanager
@@ -346,7 +347,7 @@ class _Batches:
         except Exception as error:
             where = traceback.format_exc()
             problem = f'case {case}: no sample for key (seed, stage, epoch, iteration, position) {key}'
-            problem += f'; {type(error).__name__}: {error}; it failed here:\n{where}'
+            problem += f'; {type(error).__name__}: {error}'
             raise BatchError(problem, case, key, where) from error
 
     def __getitem__(self, index):
@@ -368,7 +369,7 @@ class _InWorker:
         except BatchError as error: return str(error), error.case, error.key, error.traceback
         except Exception:
             where = traceback.format_exc()
-            return f'a batch cannot be put together; it failed here:\n{where}', None, None, where
+            return f'a batch cannot be put together: {where.splitlines()[-1]}', None, None, where
 
 
 def _as_it_is(batch): return batch

@@ -8,6 +8,7 @@ __all__ = ['UsageError', 'find_raw', 'find_preprocessed', 'plan', 'preprocess', 
 
 # %% ../nbs/90_cli.ipynb #59552cda
 import argparse, os, sys
+from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .image import SegnbError
@@ -42,7 +43,7 @@ def find_preprocessed(
     "Find what `segnb plan` made for a data set"
     base = workspace/'preprocessed'
     there = [f for f in (sorted(base.iterdir()) if base.is_dir() else []) if (f/'plans.json').exists()]
-    found = [f for f in there if _named(f.name, name) or f.name == Path(name).name]
+    found = [f for f in there if _named(f.name, name) or f.name == Path(name).resolve().name]
     if len(found) == 1: return found[0]
     raise UsageError(f"no plan for '{name}' in {base} (there: {', '.join(f.name for f in there) or 'nothing'}); run: segnb plan {name} -w {workspace}")
 
@@ -68,7 +69,7 @@ def plan(
     say(f'{raw.resolve().name}: checking {len(data.cases)} cases')
     check_dataset(data, workers)
     fingerprint = extract_fingerprint(data, workers)
-    plans = plan_experiment(fingerprint, memory_gb=memory_gb, planner=planner)
+    plans = plan_experiment(fingerprint, memory_gb=memory_gb, planner=planner, dataset_name=raw.resolve().name)
     fingerprint.save(out/'fingerprint.json')
     plans.save(out/'plans.json')
     write_json({**data.json, 'source': str(raw.resolve())}, out/'dataset.json')
@@ -107,6 +108,7 @@ def train(
     resume:bool=False,                # Go on from the latest checkpoint
     validation:bool=True,             # Predict and score the fold's validation cases afterwards
     only_validation:bool=False,       # Skip the training
+    overwrite:bool=False,             # Train again where a training is already
     random_fold:bool=False,           # Let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does
     mirror:bool=True,                 # Mirror at validation
     say=print,                        # Where messages go
@@ -116,10 +118,10 @@ def train(
     from segnb.training import Trainer
     data = find_preprocessed(dataset, Path(workspace))
     model = Path(workspace)/'models'/data.name/configuration
-    fold = _fold(fold, data, random_fold)
+    fold = _fold(fold, data, random_fold, options.get('n_folds', 5))
     if not only_validation:
         trainer = Trainer(data, model, configuration, fold, **options)
-        trainer.resume() if resume else trainer.fit()
+        trainer.resume() if resume else trainer.fit(overwrite=overwrite)
     if validation or only_validation:
         from segnb.metrics import format_table
         from segnb.validation import validate_fold
@@ -128,11 +130,11 @@ def train(
     return model
 
 # %% ../nbs/90_cli.ipynb #d8982669
-def _fold(text, data, random_fold):
+def _fold(text, data, random_fold, n_folds):
     "The fold as a number or 'all'; a number beyond the last fold is a slip unless asked for"
     from segnb.splits import load_splits
     if text == 'all': return text
-    n = len(load_splits(data/'splits.json')) if (data/'splits.json').exists() else 5
+    n = len(load_splits(data/'splits.json')) if (data/'splits.json').exists() else n_folds
     if not str(text).isdigit() or int(text) >= n and not random_fold:
         raise UsageError(f"fold '{text}' does not exist: there are folds 0 to {n - 1}, and 'all' (with --random-fold any further number draws a random 80:20 split)")
     return int(text)
@@ -174,10 +176,12 @@ def evaluate(
     "Score predictions against references: Dice per class and case; raises `SegnbError`"
     from segnb.labels import Labels
     from segnb.metrics import evaluate_folder, format_table
-    from segnb.workers import read_json, write_json
+    from segnb.workers import check_writable, read_json, write_json
     known = Path(labels) if labels else Path(reference).parent/'dataset.json'
     if not known.exists(): raise UsageError(f'{known} is not there: name the dataset.json that declares the labels with --labels')
-    result = evaluate_folder(reference, prediction, Labels.from_dict(read_json(known)))
+    if output: check_writable(Path(output).parent)
+    description = read_json(known)
+    result = evaluate_folder(reference, prediction, Labels.from_dict(description), file_ending=description.get('file_ending', '.nii.gz'))
     write_json(result, output or Path(prediction)/'summary.json')
     say(format_table(result))
     return result
@@ -198,6 +202,13 @@ def _overlay(image_file, reference_file, prediction_file, out):
     show_slice(axes[2], **shared, error=reference[z] != prediction[z], title='voxels that differ')
     save_fig(fig, out)
 
+def _fast_precision(device):
+    "16-bit arithmetic on a processor that has instructions for it, else the trainer's choice"
+    import torch
+    from segnb.training import choose_device
+    native = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)() or getattr(torch.cpu, '_is_amx_tile_supported', bool)()
+    return 'bf16' if native and choose_device(device).type == 'cpu' else 'auto'
+
 def _window(image):
     "Grey window of a picture: 1st and 99th percentile"
     import numpy as np
@@ -208,13 +219,15 @@ def demo(
     out='demo',                        # Folder for everything; made if needed
     task:str='Task101_PhantomCT',      # Sample task: Task101_PhantomCT or Task102_PhantomMR
     samples=None,                      # Folder of sample tasks; None: data_samples here, or made anew
-    minutes:float=4.,                  # Time for training
+    minutes:float=5.,                  # Time for training
     device:str='auto',                 # 'auto', 'cpu', 'cuda', 'mps'
     progress:bool=True,                # Show bars
     say=print,                         # Where messages go
 )->Path:                               # The result folder
     "Run the whole pipeline on a phantom task, from raw files to scored, overlaid label maps; raises `SegnbError`"
     import shutil
+    from segnb.metrics import format_table
+    from segnb.planning import PLANNERS
     from segnb.samples import make_samples
     out = Path(out)
     samples = Path(samples or 'data_samples')
@@ -223,17 +236,19 @@ def demo(
         say(f'making {task} in {samples}')
         make_samples(samples, [task])
     raw, results = samples/task, out/'results'
-    plan(str(raw), out, planner='cpu', say=say)
+    plan(str(raw), out, planner=replace(PLANNERS['cpu'], name='demo', base_num_features=8), say=say)
     preprocess(task, out, ['3d_fullres'], say=say)
-    model = train(task, out, fold='0', minutes=minutes, device=device, precision='auto', progress=progress, validation=False, say=say)
-    predict(raw/'imagesTs', results, model, folds=[0], overwrite=True, device=device, progress=progress, say=say)
-    result = evaluate(raw/'labelsTs', results, raw/'dataset.json', say=lambda _: None)
-    for case in result['cases']: _overlay(raw/'imagesTs'/f'{case}_0000.nii.gz', raw/'labelsTs'/f'{case}.nii.gz', results/f'{case}.nii.gz', results/f'{case}.png')
+    model = train(task, out, fold='0', overwrite=True, minutes=minutes, iterations=100, val_iterations=10, device=device,
+                  precision=_fast_precision(device), progress=progress, validation=False, say=say)
+    maps, overlays = results/'label_maps', results/'overlays'
+    predict(raw/'imagesTs', maps, model, folds=[0], overwrite=True, device=device, progress=progress, say=say)
+    result = evaluate(raw/'labelsTs', maps, raw/'dataset.json', say=say)
+    overlays.mkdir(exist_ok=True)
+    for case in result['cases']:
+        _overlay(raw/'imagesTs'/f'{case}_0000.nii.gz', raw/'labelsTs'/f'{case}.nii.gz', maps/f'{case}.nii.gz', overlays/f'{case}.png')
     shutil.copy(model/'fold_0'/'progress.png', results/'progress.png')
-    from segnb.metrics import format_table
     (results/'dice.txt').write_text(format_table(result) + '\n', encoding='utf-8')
-    say(format_table(result))
-    say(f'Look into {results}: label maps (.nii.gz), overlays (.png), progress.png (training curve), dice.txt and summary.json')
+    say(f'Look into {results}: label_maps/, overlays/, progress.png (training curve), dice.txt')
     return results
 
 # %% ../nbs/90_cli.ipynb #f3f782f7
@@ -242,13 +257,18 @@ def _arguments(p, *names):
     shared = dict(
         dataset=(('dataset',), dict(help='data set: folder, name (Task004_Hippocampus) or number (4)')),
         workspace=(('-w', '--workspace'), dict(default='workspace', help='folder for all that segnb makes (default: workspace)')),
-        workers=(('-j', '--workers'), dict(type=int, default=None, help='processes; 0: none (default: as many as pay)')),
+        workers=(('-j', '--workers'), dict(type=_count, default=None, help='processes; 0: none (default: as many as pay)')),
         configuration=(('-c', '--configuration'), dict(default='3d_fullres', help='configuration of the plan (default: 3d_fullres)')),
         device=(('--device',), dict(default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')),
         precision=(('--precision',), dict(default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'], help='auto: fp16 on CUDA, fp32 elsewhere')),
         quiet=(('-q', '--quiet'), dict(action='store_true', help='no progress bars')),
         no_mirroring=(('--disable-tta',), dict(action='store_true', help='no mirroring at prediction: 8 times faster, a little worse')))
     for name in names: p.add_argument(*shared[name][0], **shared[name][1])
+
+def _count(text):
+    "A whole number from 0, for argparse"
+    if not text.isdecimal(): raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
+    return int(text)
 
 def _verb(verbs, name, function, text, example):
     "Add one verb with a help text and an example"
@@ -263,7 +283,7 @@ def _data_verbs(verbs):
     p.add_argument('-o', '--output', default='demo', help='folder for everything (default: demo)')
     p.add_argument('--task', default='Task101_PhantomCT', choices=['Task101_PhantomCT', 'Task102_PhantomMR'], help='sample task')
     p.add_argument('--samples', default=None, help='folder of sample tasks (default: data_samples here, or made anew)')
-    p.add_argument('--minutes', type=float, default=4., help='time for training (default: 4)')
+    p.add_argument('--minutes', type=float, default=5., help='time for training (default: 5)')
     _arguments(p, 'device', 'quiet')
     p = _verb(verbs, 'plan', _run_plan, 'Check a data set and decide spacing, patch, network.', 'segnb plan raw/Task004_Hippocampus -w workspace')
     _arguments(p, 'dataset', 'workspace', 'workers')
@@ -281,12 +301,14 @@ def _model_verbs(verbs):
     p.add_argument('fold', help="number of the fold, or 'all'")
     _arguments(p, 'workspace', 'configuration', 'workers', 'device', 'precision', 'no_mirroring', 'quiet')
     p.add_argument('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint')
+    p.add_argument('--overwrite', action='store_true', help='train again where a training is already; what is there is lost')
     p.add_argument('--epochs', type=int, default=1000, help='epochs (default: 1000)')
     p.add_argument('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time')
     p.add_argument('--iterations', type=int, default=250, help='training iterations an epoch (default: 250)')
     p.add_argument('--val-iterations', type=int, default=50, help='validation iterations an epoch (default: 50)')
     p.add_argument('--lr', type=float, default=.01, help='initial learning rate (default: 0.01)')
     p.add_argument('--seed', type=int, default=0, help='seed of weights and batches (default: 0)')
+    p.add_argument('--n-folds', type=int, default=5, help='folds to make when there are none yet; fewer for fewer than 5 cases (default: 5)')
     p.add_argument('--random-fold', action='store_true', help='let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does')
     p.add_argument('--no-validation', action='store_true', help='do not predict the validation cases afterwards')
     p.add_argument('--validation-only', action='store_true', help='only predict the validation cases')
@@ -307,12 +329,15 @@ def _model_verbs(verbs):
     p.add_argument('-o', '--output', default=None, help='summary to write (default: summary.json in the prediction folder)')
 
 # %% ../nbs/90_cli.ipynb #3329d81d
-def _run_demo(a): demo(a.output, a.task, a.samples, a.minutes, a.device, not a.quiet)
+def _run_demo(a):
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    demo(a.output, a.task, a.samples, a.minutes, a.device, not a.quiet)
 def _run_plan(a): plan(a.dataset, a.workspace, a.planner, a.memory_gb, a.workers)
 def _run_preprocess(a): preprocess(a.dataset, a.workspace, a.configuration, a.workers)
 def _run_train(a):
-    train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.random_fold, not a.disable_tta,
-          epochs=a.epochs, minutes=a.minutes, iterations=a.iterations, val_iterations=a.val_iterations, initial_lr=a.lr, seed=a.seed,
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
+    train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta,
+          epochs=a.epochs, minutes=a.minutes, iterations=a.iterations, val_iterations=a.val_iterations, initial_lr=a.lr, seed=a.seed, n_folds=a.n_folds,
           device=a.device, precision=a.precision, n_workers=a.workers, progress=not a.quiet)
 def _run_predict(a):
     predict(a.input, a.output, a.model, a.dataset, a.workspace, a.configuration, a.folds, a.overwrite, not a.quiet,

@@ -77,15 +77,16 @@ def _mean_scores(
 _ENDINGS = ('.nii.gz', '.nii', '.nrrd', '.mha', *PICTURES)
 
 def _label_files(
-    folder, # Where label maps lie
-)->dict:    # {case: Path}, sorted; other files are passed over
+    folder,      # Where label maps lie
+    ending=None, # Only files that end so; None: every format that is known
+)->dict:         # {case: Path}, sorted; other files are passed over
     "Find the label maps of a folder; raises `MetricsError` for no folder or two files of one case"
     if not Path(folder).is_dir(): raise MetricsError('this is not a folder', file=folder)
     files = {}
     for file in sorted(Path(folder).iterdir()):
-        ending = next((e for e in _ENDINGS if file.name.lower().endswith(e)), None)
-        if ending is None or file.name.startswith('.'): continue
-        case = file.name[:-len(ending)]
+        its = next((e for e in ([ending] if ending else _ENDINGS) if file.name.lower().endswith(e.lower())), None)
+        if its is None or file.name.startswith('.'): continue
+        case = file.name[:-len(its)]
         if case in files:
             raise MetricsError('two files for one case', case=case, file=file, found=files[case].name, fix='keep one')
         files[case] = file
@@ -96,12 +97,13 @@ def _pair_files(
     reference,  # Folder of reference label maps
     prediction, # Folder of predicted label maps
     cases=None, # Names of the cases to score; None: all, and then both folders must hold the same
+    ending=None, # Only files that end so
 )->list:        # (case, reference file, prediction file), sorted by case
     "Match files by case; raises `MetricsError` that names every case without a partner"
-    ours, theirs = _label_files(prediction), _label_files(reference)
+    ours, theirs = _label_files(prediction, ending), _label_files(reference, ending)
     wanted = set(theirs) | set(ours) if cases is None else set(cases)
     if not wanted:
-        raise MetricsError('no label maps here', file=reference, expected=f'files ending in {", ".join(_ENDINGS)}')
+        raise MetricsError('no label maps here', file=reference, expected=f'files ending in {ending or ", ".join(_ENDINGS)}')
     gaps = [f'no {kind} for {", ".join(missing)}' for files, kind in ((ours, 'prediction'), (theirs, 'reference'))
             if (missing := sorted(wanted - set(files)))]
     if gaps: raise MetricsError('the folders do not hold the same cases', file=prediction, found='; '.join(gaps),
@@ -128,6 +130,7 @@ def evaluate_folder(
     labels,         # `Labels`, {label: name}, or a list of labels; the background of the first two is left out
     *,
     cases=None,     # Names of the cases to score; None: all, and then both folders must hold the same
+    file_ending=None, # Only files that end so, for example '.nii.gz'; None: every format that is known
     n_workers=None, # Processes; 0: this one; None: the machine decides
     progress=True,  # A bar on a terminal; False: none
 )->dict:            # {'cases', 'mean', 'foreground_mean', 'labels', 'convention'}
@@ -137,7 +140,7 @@ def evaluate_folder(
         names = {int(k): str(names[k]) for k in getattr(labels, 'foreground', names) if int(k) != 0}
     else: names = {int(label): str(label) for label in names}
     if not names: raise MetricsError('no labels to score', found=labels, expected='at least one label')
-    pairs = _pair_files(reference, prediction, cases)
+    pairs = _pair_files(reference, prediction, cases, file_ending)
     scores = parallel_map(_score_files, [(*pair, tuple(names)) for pair in pairs], n_workers=n_workers,
                           names=[pair[0] for pair in pairs], step='evaluating', progress=progress)
     scored = dict(zip([pair[0] for pair in pairs], scores))

@@ -8,6 +8,7 @@ __all__ = ['PredictionError', 'Predictor']
 # %% ../nbs/64_prediction.ipynb #727d004d
 from pathlib import Path
 import numpy as np
+import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from .dataset import find_cases
@@ -18,7 +19,7 @@ from .network import build_unet
 from .planning import Plans
 from .preprocessing import preprocess_case
 from .sliding_window import predict_sliding_window
-from .training import choose_device, load_checkpoint
+from .training import choose_device, choose_precision, load_checkpoint
 from .workers import check_writable, read_json
 
 # %% ../nbs/64_prediction.ipynb #8fe47809
@@ -54,8 +55,11 @@ class Predictor:
         self.device = choose_device(device)
         self.networks = [n.to(self.device).eval() for n in networks]
         self.plans, self.configuration, self.labels = plans, plans.configuration(configuration), labels
-        if precision == 'auto': precision = 'fp16' if self.device.type == 'cuda' else 'fp32'
-        self.step_size, self.precision, self.progress = step_size, precision, progress
+        dtype = choose_precision(precision, self.device)
+        self.precision = {None: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
+        if not 0 < step_size <= 1:
+            raise PredictionError('step_size cannot be used', found=step_size, expected='above 0, at most 1 (0.5 is usual)')
+        self.step_size, self.progress = step_size, progress
         self.mirror_axes = (0, 1, 2) if mirror else ()
 
 # %% ../nbs/64_prediction.ipynb #093eea1b
@@ -124,7 +128,8 @@ def predict_files(self:Predictor,
 )->np.ndarray: # The label map written
     "Segment one image given as files and write the label map with its geometry; raises `SegnbError`"
     array, geometry = read_image(files)
-    labels = self.predict(array, geometry.spacing)
+    try: labels = self.predict(array, geometry.spacing)
+    except PredictionError as error: raise PredictionError(str(error), file=files if isinstance(files, (str, Path)) else files[0]) from None
     save_label_map(labels, geometry, out_file)
     return labels
 
@@ -139,7 +144,6 @@ def predict_folder(self:Predictor,
 )->list:                     # Label map files, one a case
     "Segment every case of a folder; a failing case is named at the end and the others go on; raises `PredictionError`"
     cases, out = find_cases(source, len(self.plans.channels), file_ending), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
     check_writable(out)
     written, failed = [], []
     for case, files in tqdm(cases.items(), desc='predicting', unit='case', disable=not progress):

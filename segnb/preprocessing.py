@@ -198,12 +198,17 @@ def _link_truth(dataset, case, folder):
 
 def _preprocess_one(case, dataset, plans, out, missing, identities):
     one = dataset.read(case)
-    _link_truth(dataset, case, out/'gt_segmentations')
-    for configuration in (name for name, cases in missing.items() if case in cases):
-        data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, configuration, case,
-                                                one.geometry)
-        properties.update(preprocessing=identities[configuration], source=_source(dataset, case))
-        save_preprocessed(data, seg, properties, out/configuration, case)
+    try:
+        _link_truth(dataset, case, out/'gt_segmentations')
+        for configuration in (name for name, cases in missing.items() if case in cases):
+            data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, configuration, case,
+                                                    one.geometry)
+            properties.update(preprocessing=identities[configuration], source=_source(dataset, case))
+            save_preprocessed(data, seg, properties, out/configuration, case)
+    except OSError as error:
+        raise PreprocessingError('the result cannot be written', case=case, file=out, found=error.strerror or error,
+                                 fix='free some space, or choose another workspace; finished cases stay, and a second '
+                                     'run goes on after them') from error
 
 # %% ../nbs/32_preprocessing.ipynb #2f973e3c
 def preprocess_dataset(
