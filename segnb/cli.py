@@ -194,7 +194,7 @@ def _overlay(image_file, reference_file, prediction_file, out):
     image, geometry = read_image(image_file)
     reference, prediction = read_label_map(reference_file)[0], read_label_map(prediction_file)[0]
     z = int((reference > 0).sum((1, 2)).argmax())
-    low, high = (float(v) for v in _window(image[0]))
+    low, high = (float(v) for v in _window(image[0][reference > 0] if (reference > 0).any() else image[0]))
     fig, axes = figure(1, 3, 10, 3.9)
     shared = dict(image=image[0, z], spacing=geometry.spacing[1:], window=(low, high))
     show_slice(axes[0], **shared, title=f'image, slice {z}, window {low:.0f}..{high:.0f}')
@@ -209,10 +209,11 @@ def _fast_precision(device):
     native = getattr(torch.cpu, '_is_avx512_bf16_supported', bool)() or getattr(torch.cpu, '_is_amx_tile_supported', bool)()
     return 'bf16' if native and choose_device(device).type == 'cpu' else 'auto'
 
-def _window(image):
-    "Grey window of a picture: 1st and 99th percentile"
+def _window(values):
+    "Grey window of a picture: the range of the labelled tissue and as much again around it"
     import numpy as np
-    return np.percentile(image, (1, 99))
+    low, high = np.percentile(values, (1, 99))
+    return low - (high - low)/2, high + (high - low)/2
 
 # %% ../nbs/90_cli.ipynb #c135ab39
 def demo(

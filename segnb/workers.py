@@ -7,7 +7,7 @@ __all__ = ['OutputError', 'JsonError', 'WorkerError', 'default_workers', 'parall
            'check_writable']
 
 # %% ../nbs/13_workers.ipynb #52ad43f4
-import contextlib, hashlib, json, math, operator, os, pickle, re, shutil, signal, sys, tempfile, threading
+import contextlib, hashlib, json, math, operator, os, pickle, re, shutil, signal, sys, tempfile, threading, time
 import multiprocessing, multiprocessing.connection, traceback as tracebacks
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -156,6 +156,11 @@ def _death(step, names, unfinished, held, workers):
     return _failure(step, _short([names[i] for i in culprits]), f'its worker {how}. {hint}', rest, len(names))
 
 # %% ../nbs/13_workers.ipynb #9bec1b97
+def _await_exit(process, seconds=2):
+    "Wait until the exit code of a process is known; the pool's own thread may be reading it at the same moment"
+    end = time.monotonic() + seconds
+    while process.exitcode is None and time.monotonic() < end: time.sleep(.01)
+
 def _halt(pool, workers):
     "End all workers now: ask them, and after two seconds kill them"
     for p in workers.values(): p.terminate()
@@ -193,7 +198,7 @@ def _in_workers(fn, tasks, n_workers, names, step, bar, start_method):
             i, missing = futures[future], [n for j, n in enumerate(names) if j not in results]
             try: kind, value, tb = _receive(future.result())
             except BrokenProcessPool:
-                for p in workers.values(): p.join(2)
+                for p in workers.values(): _await_exit(p)
                 unfinished = [j for j in range(len(names)) if j not in results]
                 raise _death(step, names, unfinished, held, workers) from None
             except Exception as e:

@@ -150,5 +150,5 @@ def test_the_demo_leaves_scores_curves_and_pictures(ct, tmp_path):
         said = command('demo', '-o', tmp_path/'demo', '--samples', tmp_path/'samples', '--minutes', .05, '--device', 'cpu', '-q', cwd=tmp_path)
         assert said.returncode == 0, said.stderr
     cases = [f.name[:-len('.nii.gz')] for f in ct.predictions.iterdir()]
-    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'summary.json'} | {c + end for c in cases for end in ('.nii.gz', '.png')}
+    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
     assert (tmp_path/'demo'/'results'/'dice.txt').read_text() in said.stdout
