@@ -81,13 +81,17 @@ def predict_sliding_window(
     total = torch.zeros((n_outputs, *image.shape[1:]))
     norm = torch.zeros(image.shape[1:])
     source = torch.from_numpy(image)
-    for tile in tqdm(tiles, desc='sliding window', disable=not progress, leave=False):
+    pairs = [tiles[i:i + 2] for i in range(0, len(tiles), 2)]
+    for pair in tqdm(pairs, desc='sliding window', disable=not progress, leave=False):
+        x = torch.stack([source[(slice(None), *tile)] for tile in pair])
+        if len(x) == 1 and device.type == 'cpu': x = x.repeat(2, 1, 1, 1, 1)  # torch's fast convolutions want two samples
         with torch.autocast(device.type, dtype={'fp16': torch.float16, 'bf16': torch.bfloat16}.get(precision), enabled=precision != 'fp32'):
-            probabilities = predict_mirrored(network, source[(slice(None), *tile)][None].to(device), mirror_axes)[0]
-        if probabilities.shape[0] != n_outputs:
-            raise SegnbError(f'the network gives {probabilities.shape[0]} outputs, expected {n_outputs}: the model and the label list do not belong together')
-        total[(slice(None), *tile)].addcmul_(probabilities.float().cpu(), weight)
-        norm[tile] += weight
+            probabilities = predict_mirrored(network, x.to(device), mirror_axes)
+        if probabilities.shape[1] != n_outputs:
+            raise SegnbError(f'the network gives {probabilities.shape[1]} outputs, expected {n_outputs}: the model and the label list do not belong together')
+        for tile, p in zip(pair, probabilities):
+            total[(slice(None), *tile)].addcmul_(p.float().cpu(), weight)
+            norm[tile] += weight
     return (total.div_(norm))[(slice(None), *back)].numpy()
 
 # %% ../nbs/62_sliding_window.ipynb #009356a1

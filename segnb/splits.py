@@ -42,7 +42,7 @@ def _repeated(cases):
 def _too_few(n_cases, n_folds):
     if n_cases < 2: return f"{n_cases} case(s) cannot be divided; add cases, or train on everything with fold 'all'"
     return (f"{n_cases} cases cannot make {n_folds} folds: at most {n_cases} are possible. "
-            f"Ask for n_folds={min(3, n_cases)} (2 to {n_cases} work), or train on everything with fold 'all'")
+            f"Ask for n_folds={min(3, n_cases)} (--n-folds; 2 to {n_cases} work), or train on everything with fold 'all'")
 
 # %% ../nbs/52_splits.ipynb #80d8067e
 def random_split(

@@ -410,7 +410,7 @@ def _restore(t, state):
     "Put a checkpoint's state back"
     if state['val_cases'] != t.val_cases or state['configuration'] != t.configuration:
         raise CheckpointError('the checkpoint was trained on other cases or another configuration', file=t.folder, found=f"{state['configuration']}, validation cases {', '.join(state['val_cases'][:5])}",
-                              expected=f"{t.configuration}, {', '.join(t.val_cases[:5])}", fix='put the old splits.json back, or start again with fit(overwrite=True)')
+                              expected=f"{t.configuration}, {', '.join(t.val_cases[:5])}", fix='put the old splits.json back, or start again (fit(overwrite=True), --overwrite)')
     try:
         t.net.load_state_dict(state['network'])
         t.optimizer.load_state_dict(state['optimizer'])
@@ -429,7 +429,7 @@ def _fit(t, overwrite):
     with _guarded(t):
         there = [f for f in NAMES.values() if (t.folder/f).exists()]
         if there and not overwrite:
-            raise TrainingError('the folder already holds a training', file=t.folder, found=', '.join(there), fix='resume it, overwrite it (overwrite=True), or give another model folder')
+            raise TrainingError('the folder already holds a training', file=t.folder, found=', '.join(there), fix='resume it (resume(), --continue), overwrite it (overwrite=True, --overwrite), or give another model folder')
         for name in (*there, 'log.txt', 'log.jsonl', 'progress.png', 'record.json'): (t.folder/name).unlink(missing_ok=True)
         if t.epoch: _reset(t)
         return _run(t)
@@ -439,14 +439,14 @@ def _budget(t, **spent): return TimeBudget(t.minutes and 60 * t.minutes, **spent
 def _resume(t):
     "Restore the newest checkpoint that can be read, then run"
     there, problems = [t.folder/f for f in NAMES.values() if (t.folder/f).exists()], []
-    if not there: raise CheckpointError('nothing to resume', file=t.folder, expected=NAMES['latest'], fix='start with fit()')
+    if not there: raise CheckpointError('nothing to resume', file=t.folder, expected=NAMES['latest'], fix='start without resuming (fit(), no --continue)')
     with _guarded(t):
         for file in there:
             try: state = load_checkpoint(file)
             except CheckpointError as error: problems.append(str(error)); continue
             _check_plan(state, t.plans, file)
             break
-        else: raise CheckpointError('no checkpoint can be read', file=t.folder, found=' | '.join(problems), fix='start again with fit(overwrite=True)')
+        else: raise CheckpointError('no checkpoint can be read', file=t.folder, found=' | '.join(problems), fix='start again (fit(overwrite=True), --overwrite)')
         _restore(t, state)
         for problem in problems: _say(t, f'passed over: {problem}')
         _say(t, f'resuming from {file.name} after epoch {t.epoch}' + _changed(state['settings'], _settings(t)))
