@@ -35,7 +35,7 @@ test: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 tests
 
 lab: $(VENV)/dev
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
 
 book: $(VENV)/dev
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
