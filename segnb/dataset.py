@@ -25,7 +25,7 @@ class Case:
     "Hold one case, read"
     identifier:str      # Name without channel number and ending: `ct_003`
     image:np.ndarray    # (C, Z, Y, X) float32
-    label:np.ndarray    # (Z, Y, X) int16, or None where there is no truth
+    label:np.ndarray    # (Z, Y, X) class indices, int16; None where there is no truth
     geometry:Geometry   # Where the voxels lie
     files:tuple         # Paths of the channels, in order
 
@@ -164,8 +164,7 @@ class Dataset(Description):
         label, grid = read_label_map(label_file)
         if grid.shape != geometry.shape:
             raise DatasetError('label map and image differ in shape', case=case, file=label_file, found=grid.shape, expected=geometry.shape)
-        self.labels.check(label, case, label_file)
-        return Case(case, image, label, geometry, tuple(files))
+        return Case(case, image, self.labels.encode(label, case, label_file), geometry, tuple(files))
 
 # %% ../nbs/14_dataset.ipynb #d92a4c90
 def _grid_findings(case, files):

@@ -7,7 +7,9 @@ __all__ = ['LabelError', 'count_labels', 'LabelNames', 'Labels']
 
 # %% ../nbs/12_labels.ipynb #6a9bf5b7
 from dataclasses import dataclass
+from functools import cached_property
 import numpy as np
+from fastcore.basics import patch
 from .image import SegnbError
 
 # %% ../nbs/12_labels.ipynb #ee8e7176
@@ -28,90 +30,223 @@ def count_labels(
     return {lowest + int(v): int(counts[v]) for v in np.flatnonzero(counts)}
 
 # %% ../nbs/12_labels.ipynb #d14f1050
-def _as_numbers(declared, file):
-    "List (number, name) pairs of either spelling of the key `labels`"
-    told = dict(file=file, expected='{"0": "background", "1": "liver"} or {"background": 0, "liver": 1}')
-    first = all(isinstance(v, str) for v in declared.values())  # v1 puts the number first
-    for number, name in declared.items() if first else [(v, k) for k, v in declared.items()]:
-        if isinstance(number, (list, tuple)):
-            raise LabelError(f'"{name}" is a region made of several labels; regions are not supported', found=number, **told)
-        if name == 'ignore':
-            raise LabelError('the ignore label is not supported', file=file, found=f'"{name}": {number}',
-                             fix='give these voxels a class, or leave the case out')
-        try: yield int(str(number)), name
-        except ValueError: raise LabelError('a label must be a whole number', found=f'{name}: {number}', **told) from None
+def _number(number, name, file, text=False):
+    "Read one label value: a whole number from 0 to 32767, as text only where it is a key (`text`)"
+    whole = number
+    if text and number.isascii() and number.isdigit() and str(int(number)) == number: whole = int(number)
+    if isinstance(whole, (bool, np.bool_)) or not isinstance(whole, (int, np.integer)) or not 0 <= whole <= 32767:
+        raise LabelError('a label must be a whole number from 0 to 32767', file=file, found=f'{number!r} for {name!r}',
+                         expected='{"0": "background", "1": "liver"} or {"background": 0, "liver": 1}')
+    return int(whole)
 
-# %% ../nbs/12_labels.ipynb #4fa07c3c
+def _declared(declared, file):
+    "Read either spelling of the key `labels` into {name: file values}; an ordinary class has one value"
+    if not isinstance(declared, dict) or not declared:
+        raise LabelError('the key "labels" must map numbers to names', file=file, found=declared, expected='{"0": "background", "1": "..."}')
+    text, out = all(isinstance(v, str) for v in declared.values()), {}  # v1 puts the number first
+    for key, value in declared.items():
+        name, numbers = (value, [key]) if text else (key, value if isinstance(value, (list, tuple)) else [value])
+        values = tuple(_number(n, name, file, text) for n in numbers)
+        if not isinstance(name, str) or not name.strip(): raise LabelError('a label needs a name', file=file, found=f'{key!r}: {value!r}')
+        if name in out: raise LabelError('a name is declared twice', file=file, found=f'"{name}" for {out[name][0]} and {values[0]}')
+        if not values or len(set(values)) < len(values):
+            raise LabelError('a region is made of labels, each named once', file=file, found=f'"{name}": {list(numbers)}')
+        out[name] = values
+    return out
+
+# %% ../nbs/12_labels.ipynb #4e76aca7
+def _indices(declared, file):
+    "Give each file value a class index: {value: index}, ascending; the ignore label comes last"
+    ignored, classes = declared.get('ignore', ()), {n: v for n, v in declared.items() if n != 'ignore'}
+    zero = [v for v in classes.values() if 0 in v]
+    if zero != [(0,)] or classes.get('background', (0,)) != (0,):
+        raise LabelError('0 must be the background and nothing else', file=file, found=classes, expected='{"background": 0, ...}')
+    values = sorted({v for several in classes.values() for v in several})
+    if len(values) < 2: raise LabelError('there is no class besides the background', file=file, found=classes)
+    if max(map(len, classes.values())) == 1 and len(values) < len(classes):
+        raise LabelError('a value is declared twice', file=file, found=classes, expected='one name for each value')
+    if len(ignored) > 1 or set(ignored) & set(values):
+        raise LabelError('the ignore label must be one value that no class has', file=file, found=list(ignored), expected=f'none of {values}')
+    return {v: i for i, v in enumerate([*values, *ignored])}
+
+# %% ../nbs/12_labels.ipynb #d57c8448
+def _region_order(regions, order, file):
+    "Check which file value each region writes, and that later regions leave something of the earlier ones"
+    told = dict(file=file, expected=f'one label for each of the {len(regions)} regions ' + ', '.join(f'"{n}"' for n in regions))
+    if order is None: raise LabelError('regions need the key "regions_class_order"', fix='name for each region the label that it writes, in the same order', **told)
+    if not isinstance(order, (list, tuple)) or len(order) != len(regions):
+        raise LabelError('the key "regions_class_order" has the wrong length', found=order, **told)
+    order, names = [_number(v, 'regions_class_order', file) for v in order], list(regions)
+    for i, (name, v) in enumerate(zip(names, order)):
+        if v not in regions[name]:
+            raise LabelError(f'the region "{name}" writes a label that it does not hold', file=file, found=v, expected=f'one of {list(regions[name])}')
+        for later in names[i + 1:]:
+            if set(regions[name]) <= set(regions[later]):
+                raise LabelError(f'the region "{name}" can never be seen', file=file, found=f'"{later}" is written later and covers all of it',
+                                 fix='put the larger region first, in "labels" and in "regions_class_order"')
+    return order
+
+# %% ../nbs/12_labels.ipynb #dcc66c64
 @dataclass(frozen=True)
 class LabelNames:
-    "Hold which number means what"
-    names:dict  # {number: name}, 0 (background) among them, in the order of dataset.json
+    "Hold which class has which name, and which number it has in the files"
+    names:dict             # {class index: name}, 0 (background) to K, in the order of dataset.json
+    values:dict=None       # {class index: value in the files}, that of the ignore label too; None: the same numbers
+    regions:dict=None      # {name: class indices that it is made of}; None or {}: no regions
+    region_order:tuple=()  # Class index that each region writes; later regions overwrite earlier ones
+    ignore:int=None        # Index K + 1, which stands for voxels without truth; None: there are none
+
+    def __post_init__(self):
+        if sorted(self.names) != list(range(len(self.names))):
+            raise LabelError('class indices must be 0 (background), 1, 2, ... without gaps', found=sorted(self.names), fix='read other values with Labels.from_dict')
+        indices = [*range(len(self.names))] + [self.ignore] * (self.ignore is not None)
+        object.__setattr__(self, 'values', self.values or {i: i for i in indices})
+        object.__setattr__(self, 'regions', self.regions or {})
 
     @property
-    def foreground(self)->tuple:  # Numbers above 0, in the order of dataset.json
+    def foreground(self)->tuple:  # Class indices above 0, in the order of dataset.json; the ignore label is not among them
         "List the classes that are not background"
         return tuple(k for k in self.names if k > 0)
 
     @property
-    def n_outputs(self)->int:  # Background included
-        "Count the values that a voxel can take, each of which a network scores"
-        return len(self.names)
+    def n_outputs(self)->int:  # Classes, background included; or regions
+        "Count what a network has to score"
+        return len(self.regions) or len(self.names)
 
-    def to_dict(self)->dict:  # {'labels': {'0': 'background', ...}}
-        "Give the part of dataset.json that `from_dict` reads"
-        return {'labels': {str(k): v for k, v in self.names.items()}}
+# %% ../nbs/12_labels.ipynb #64dc2d46
+@patch(cls_method=True)
+def from_dict(cls:LabelNames,
+    dataset_json:dict,  # Content of dataset.json; its keys `labels` and `regions_class_order` are read
+    file=None,          # Where it came from, for error messages
+):
+    "Read the classes as nnU-Net v1 or v2 writes them; raises LabelError"
+    declared = _declared(dataset_json.get('labels'), file)
+    index, names, regions, order = _indices(declared, file), {}, {}, ()
+    ignored = declared.pop('ignore', None)
+    own = {v[0]: n for n, v in declared.items() if len(v) == 1}
+    for values in declared.values(): names |= {index[v]: own.get(v, f'label {v}') for v in values if index[v] not in names}
+    if max(map(len, declared.values())) > 1:
+        regions = {n: v for n, v in declared.items() if v != (0,)}
+        order = tuple(index[v] for v in _region_order(regions, dataset_json.get('regions_class_order'), file))
+        regions = {n: tuple(index[v] for v in values) for n, values in regions.items()}
+    return cls(names, {i: v for v, i in index.items()}, regions, order, ignored and index[ignored[0]])
 
-    @classmethod
-    def from_dict(cls,
-        dataset_json:dict,  # Content of dataset.json; its key `labels` is read
-        file=None,          # Where it came from, for error messages
-    ):
-        "Read the classes as nnU-Net v1 or v2 writes them; raises LabelError"
-        declared, names = dataset_json.get('labels'), {}
-        if not isinstance(declared, dict) or not declared:
-            raise LabelError('the key "labels" must map numbers to names', file=file, found=declared, expected='{"0": "background", "1": "..."}')
-        for number, name in _as_numbers(declared, file):
-            if number in names or name in names.values():
-                raise LabelError('a label is declared twice', file=file, found=f'{number}: {name}')
-            names[number] = name
-        if sorted(names) != list(range(max(2, len(names)))):
-            raise LabelError('labels must be 0 (background), 1, 2, ... without gaps', file=file, found=sorted(names),
-                             expected=list(range(max(2, len(names)))), fix='renumber the label maps and dataset.json together')
-        return cls(names)
+@patch
+def to_dict(self:LabelNames,
+    spelling:str='v1', # 'v1': {'0': 'background'}, 'v2': {'background': 0}; regions have only v2's
+)->dict:               # {'labels': {...}}, and 'regions_class_order' where there are regions
+    "Give the part of dataset.json that `from_dict` reads"
+    v, ignored = self.values, {'ignore': self.values[self.ignore]} if self.ignore is not None else {}
+    if self.regions:
+        members = {n: [v[i] for i in k] if len(k) > 1 else v[k[0]] for n, k in self.regions.items()}
+        return {'labels': {self.names[0]: 0, **members, **ignored}, 'regions_class_order': [v[i] for i in self.region_order]}
+    named = {**{n: v[i] for i, n in self.names.items()}, **ignored}
+    return {'labels': named if spelling == 'v2' else {str(value): name for name, value in named.items()}}
 
 # %% ../nbs/12_labels.ipynb #348c0b52
 @dataclass(frozen=True)
 class Labels(LabelNames):
-    "Check, spread and decide label maps by the classes of a data set"
+    "Check, translate, spread and decide label maps by the classes of a data set"
+    @cached_property
+    def _index_of(self):
+        "Table from file value to class index, -1 where nothing is declared"
+        table = np.full(max(self.values.values()) + 1, -1, np.int16)
+        table[list(self.values.values())] = list(self.values)
+        return table
+
+    @cached_property
+    def _value_of(self):
+        "Table from class index to file value; its last entry, that of index -1, is 0"
+        values = [self.values[i] for i in range(len(self.values))]
+        return np.array([*values, 0], np.min_scalar_type(max(values)))
+
+    @cached_property
+    def _same(self):
+        "Whether file values and class indices are the same numbers"
+        return all(i == v for i, v in self.values.items())
+
+    def encode(self,
+        file_map,      # Integer array of any shape: values as in the file
+        case=None,     # Case identifier, for the message
+        file=None,     # File it came from, for the message
+    )->np.ndarray:     # Class indices, int16; where they equal the values, `file_map` itself and not a copy
+        "Translate file values into class indices; raises LabelError if a value occurs that is not declared"
+        m, table = np.asarray(file_map), self._index_of
+        if m.dtype.kind == 'b': m = m.view(np.uint8)
+        if m.dtype.kind in 'iu' and (not m.size or 0 <= m.min() and m.max() < len(table)):
+            if self._same: return m
+            if not m.size or (out := np.take(table, m)).min() >= 0: return out if m.size else m.astype(np.int16)
+        self._refuse(m, case, file)
+
     def check(self,
-        label_map,  # Integer array of any shape
+        file_map,   # Integer array of any shape: values as in the file
         case=None,  # Case identifier, for the message
         file=None,  # File it came from, for the message
     )->None:
         "Raise LabelError if a value occurs that is not declared"
-        counts = count_labels(label_map)
-        if strange := [k for k in counts if k not in self.names]:
-            at = tuple(int(i) for i in np.argwhere(np.asarray(label_map) == strange[0])[0])
-            raise LabelError('values that dataset.json does not declare', case=case, file=file, expected=f'only {sorted(self.names)}',
-                             found=', '.join(f'{k} in {counts[k]} voxels' for k in strange) + f', the first at index {at}',
-                             fix='declare them in dataset.json or correct the label map')
+        self.encode(file_map, case, file)
 
-    def one_hot(self,
-        labels,      # Integer array of any shape, values 0..K
-    )->np.ndarray:   # (K + 1, ...) float32, 1 where the voxel has that label
-        "Spread a label map into one mask per class, background first; raises LabelError for other values"
-        labels = np.asarray(labels)
-        self.check(labels)
-        masks = np.empty((self.n_outputs, *labels.shape), np.float32)
-        for k, mask in enumerate(masks): np.equal(labels, k, out=mask)
-        return masks
+# %% ../nbs/12_labels.ipynb #f2f6861a
+@patch
+def _refuse(self:Labels, m, case, file):
+    "Raise LabelError: name the values that are not declared, how many, and where the first lies"
+    counts, known = count_labels(m), sorted(self.values.values())
+    strange = [k for k in counts if k not in known]
+    at = tuple(int(i) for i in np.argwhere(m == strange[0])[0])
+    binary = set(counts) == {0, 255}
+    raise LabelError('values that dataset.json does not declare', case=case, file=file, expected=f'only {known}',
+                     found=', '.join(f'{k} in {counts[k]} voxels' for k in strange) + f', the first at index {at}',
+                     fix='if 255 means the structure, declare it: "labels": {"background": 0, "...": 255}' if binary else
+                         'declare them in dataset.json or correct the label map')
 
-    def to_label_map(self,
-        probabilities,  # (K + 1, ...) scores, background first: probabilities or logits
-    )->np.ndarray:      # (...) uint8, or uint16 beyond 256 classes
-        "Decide for the class with the highest score, the first on ties; raises LabelError for NaN or a wrong number of maps"
-        p = np.asarray(probabilities)
-        if len(p) != self.n_outputs:
-            raise LabelError('one score map per class is needed', found=f'{len(p)} maps', expected=f'{self.n_outputs}: {list(self.names.values())}')
-        if any(np.isnan(q).any() for q in p): raise LabelError('scores hold NaN', fix='look for NaN in the image and in the weights of the network')
-        return p.argmax(0).astype(np.min_scalar_type(self.n_outputs - 1))
+@patch
+def decode(self:Labels,
+    index_map,     # Integer array of any shape: class indices; -1 counts as background
+)->np.ndarray:     # Values for the file, uint8 or uint16, whatever the largest value needs; may be `index_map` itself
+    "Translate class indices into file values, the inverse of `encode`; raises LabelError for an index that is no class"
+    m, table = np.asarray(index_map), self._value_of
+    if m.dtype.kind not in 'iu': raise LabelError('class indices must be integers', found=f'an array of {m.dtype}')
+    if not m.size: return m.astype(table.dtype)
+    low, high = int(m.min()), int(m.max())
+    if low < -1 or high > len(table) - 2:
+        raise LabelError('class indices that do not exist', found=f'{low} to {high}', expected=f'-1 to {len(table) - 2}')
+    return m.astype(table.dtype, copy=False) if self._same and low >= 0 else np.take(table, m)
+
+# %% ../nbs/12_labels.ipynb #75efa3bd
+@patch
+def masks(self:Labels,
+    index_map,      # Integer array of any shape: class indices; -1 and the ignore label are in no mask
+)->np.ndarray:      # (n_outputs, ...) float32, 1 where the voxel belongs to that class or region
+    "Spread class indices into one mask per class, background first, or one per region"
+    m = np.asarray(index_map)
+    out = np.empty((self.n_outputs, *m.shape), np.float32)
+    for mask, members in zip(out, self.regions.values() or [(k,) for k in range(len(self.names))]):
+        if len(members) == 1: np.equal(m, members[0], out=mask)
+        else: np.take(np.isin([*range(len(self.values)), -1], members).astype(np.float32), m, out=mask, mode='wrap')
+    return out
+
+@patch
+def one_hot(self:Labels,
+    file_map,       # Integer array of any shape: values as in the file
+)->np.ndarray:      # (n_outputs, ...) float32, 1 where the voxel belongs to that class or region
+    "Spread a label map into one mask per class, background first, or one per region; raises LabelError for values not declared"
+    return self.masks(self.encode(file_map))
+
+@patch
+def to_label_map(self:Labels,
+    probabilities,  # (n_outputs, ...) scores: per class probabilities or logits, background first; per region probabilities
+)->np.ndarray:      # (...) values for the file, uint8 or uint16
+    "Decide for the class with the highest score, the first on ties; or let each region above one half write its label in turn; raises LabelError for NaN or a wrong number of maps"
+    p = np.asarray(probabilities)
+    if len(p) != self.n_outputs:
+        raise LabelError('one score map per class or region is needed', found=f'{len(p)} maps', expected=f'{self.n_outputs}: {[*(self.regions or self.names.values())]}')
+    if any(q.size and np.isnan(q.min()) for q in p): raise LabelError('scores hold NaN', fix='look for NaN in the image and in the weights of the network')
+    out, value = np.zeros(p.shape[1:], self._value_of.dtype), self._value_of
+    if self.regions:
+        for q, index in zip(p, self.region_order): np.putmask(out, q > .5, value[index])
+        return out
+    best = np.array(p[0])
+    for k in range(1, len(p)):
+        np.putmask(out, p[k] > best, value[k])
+        np.maximum(best, p[k], out=best)
+    return out

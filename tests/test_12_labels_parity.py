@@ -21,7 +21,7 @@ def test_decision_as_the_original():
 
 @pytest.mark.parametrize('declared, accepted', list(zip(RECORDED['declared'].tolist(), RECORDED['accepted'].tolist())))
 def test_verdict_as_the_original(declared, accepted):
-    labels = Labels({k: str(k) for k in declared if k >= 0})
+    labels = Labels.from_dict({'labels': {str(k): f'class {k}' for k in declared if k >= 0}})
     if accepted: labels.check(RECORDED['labels'])
     else:
         with pytest.raises(LabelError): labels.check(RECORDED['labels'])
