@@ -1,16 +1,15 @@
 """Workers where cells cannot look: real signals, orphans, terminals, both ways to start a process."""
-import json, multiprocessing, os, signal, subprocess, sys, textwrap, time
-from functools import partial
+import json, multiprocessing, os, signal, subprocess, sys, threading, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from segnb.image import SegnbError, whole_file
-from segnb.workers import JsonError, OutputError, WorkerError, check_writable, keyed_rng, parallel_map, read_json, write_json
+from segnb.workers import JsonError, OutputError, WorkerError, WorkerWarning, check_writable, keyed_rng, parallel_map, read_json, write_json
 
 RECORDED = Path(__file__).parent/'recorded'
-METHODS = [m for m in ('fork', 'spawn') if m in multiprocessing.get_all_start_methods()]
+METHODS = [m for m in ('fork', 'spawn', 'forkserver') if m in multiprocessing.get_all_start_methods()]
 
 
 def wait_then(job):
@@ -38,7 +37,6 @@ def large(i):
 
 
 def die_while_large(i):
-    import threading
     if i == 1: threading.Timer(.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return np.zeros(60_000_000) if i == 1 else i
 
@@ -85,34 +83,55 @@ def test_an_error_arrives_while_others_still_work(tmp_path, method, what, kind, 
     assert gone(pids(tmp_path))
 
 
+class Assassin:
+    "Kill the worker of one task as often as asked, each time it has noted itself"
+    def __init__(self, note, number, times):
+        self.note, self.number, self.times, self.killed = note, number, times, []
+        self.thread = threading.Thread(target=self.work, daemon=True); self.thread.start()
+
+    def work(self):
+        while len(self.killed) < self.times:
+            time.sleep(.02)
+            text = self.note.read_text() if self.note.exists() else ''
+            if not text or int(text) in [p for p, _ in self.killed]: continue
+            time.sleep(.15)
+            os.kill(int(text), self.number)
+            self.killed.append((int(text), time.monotonic()))
+
+
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGUSR1])
-def test_a_worker_killed_from_outside_is_named(tmp_path, method, number):
-    import threading
-    killed = []
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGUSR1, signal.SIGTERM])
+def test_a_worker_killed_once_is_told_and_its_task_tried_again_alone(tmp_path, method, number):
+    names = [f'ct_{i:03d}' for i in range(5)]
+    work = [(str(tmp_path), n, 'sleep', .6) for n in names]
+    assassin = Assassin(tmp_path/'ct_001', number, 1)
+    with pytest.warns(WorkerWarning, match='tried again alone') as told: assert parallel_map(wait_then, work, 2, names=names, step='cropping', start_method=method) == names
+    text = str(told[0].message)
+    assert len(told) == 1 and 'while cropping ct_001' in text and (number.name in text or 'exit code 143' in text) and told[0].filename == __file__
+    others = [(tmp_path/n).stat().st_mtime for n in names if n != 'ct_001']
+    assert (tmp_path/'ct_001').stat().st_mtime > max(others) + .5, 'others worked beside the suspect'
+    assert gone(pids(tmp_path) + [p for p, _ in assassin.killed])
 
-    def assassin():
-        note = tmp_path/'ct_002'
-        while not (note.exists() and note.read_text()): time.sleep(.02)
-        time.sleep(.2)
-        killed.append(time.monotonic())
-        os.kill(int(note.read_text()), number)
 
-    thread = threading.Thread(target=assassin); thread.start()
-    work = [(str(tmp_path), f'ct_{i:03d}', 'sleep', .1 if i < 2 else 30) for i in range(4)]
-    with pytest.raises(WorkerError) as e: parallel_map(wait_then, work, 2, names=[f'ct_{i:03d}' for i in range(4)], step='cropping', start_method=method)
-    noticed = time.monotonic() - killed[0]
-    thread.join()
-    assert noticed < 4, f'noticed after {noticed:.1f} s'
-    assert e.value.task == 'ct_002' and number.name in str(e.value) and {'ct_002', 'ct_003'} <= set(e.value.unfinished)
-    assert ('memory' in str(e.value)) == (number == signal.SIGKILL)
+@pytest.mark.parametrize('method', METHODS)
+def test_a_worker_killed_twice_is_named_with_its_numbers(tmp_path, method):
+    names = [f'ct_{i:03d}' for i in range(4)]
+    work = [(str(tmp_path), n, 'sleep', 5 if n == 'ct_002' else .3) for n in names]
+    assassin = Assassin(tmp_path/'ct_002', signal.SIGKILL, 2)
+    with pytest.warns(WorkerWarning), pytest.raises(WorkerError) as e:
+        parallel_map(wait_then, work, 2, names=names, step='resampling', start_method=method, memory=[9_000_000_000]*4)
+    noticed = time.monotonic() - assassin.killed[-1][1]
+    assert noticed < .5, f'noticed after {noticed:.1f} s'
+    error, text = e.value, str(e.value)
+    assert (error.task, error.step, error.unfinished, error.traceback) == ('ct_002', 'resampling', ('ct_002',), '')
+    for part in ('SIGKILL while resampling ct_002', 'needed about 9.0 GB', 'when last seen', 'free', 'memory', 'died again'): assert part in text
     assert gone(pids(tmp_path))
 
 
 def test_a_large_result_on_its_way_blocks_nobody():
     for _ in range(4):
         with pytest.raises(WorkerError, match='no'): parallel_map(large, range(4), 2)
-    with pytest.raises(WorkerError, match='SIGKILL'): parallel_map(die_while_large, range(3), 2)
+    with pytest.warns(WorkerWarning), pytest.raises(WorkerError, match='SIGKILL'): parallel_map(die_while_large, range(3), 2)
     assert [r.shape for r in parallel_map(large, [1, 2, 1], 2)] == [(5_000_000,), (5,), (5_000_000,)]
 
 
