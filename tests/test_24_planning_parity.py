@@ -19,6 +19,9 @@ KEYS = dict(patch_size='patch_size', batch_size='batch_size', spacing='current_s
 def rows(table): return [r.tolist() for r in table if r.any()]
 
 
+def volumes(plans): return [plans.configurations[n] for n in ('3d_lowres', '3d_fullres') if n in plans.configurations]
+
+
 def known(name):
     d = NAMED['data sets'][name]
     spacings, shapes = ((d[k] * d['n_cases'])[:d['n_cases']] for k in ('spacings', 'shapes'))
@@ -43,10 +46,10 @@ def test_every_plan_is_the_same(plans):
     r = RECORDED
     for i, p in enumerate(plans):
         if r['stages'][i] == 0: continue                                # the original crashed; see below
-        assert list(p.configurations) == (['3d_lowres', '3d_fullres'] if r['stages'][i] == 2 else ['3d_fullres']), i
+        assert list(p.configurations) == (['2d', '3d_lowres', '3d_fullres', '3d_cascade_fullres'] if r['stages'][i] == 2 else ['2d', '3d_fullres']), i
         assert list(p.original_spacing_target) == r['target'][i].tolist(), i
         assert list(p.transpose_forward) == r['forward'][i].tolist() and list(p.transpose_backward) == r['backward'][i].tolist(), i
-        for c in p.configurations.values():
+        for c in volumes(p):
             s, d = int(c.name == '3d_fullres'), c.to_dict()
             for ours, theirs in dict(patch_size='patch', batch_size='batch', spacing='spacing', median_shape='median', num_pool_per_axis='number', do_dummy_2d_data_aug='dummy').items():
                 assert d[ours] == r[theirs][i, s].tolist(), f'plan {i}, {c.name}, {ours}'
@@ -59,13 +62,13 @@ def test_exactly_four_patches_are_planned_where_the_original_crashes(plans):
     crashed = np.flatnonzero(RECORDED['stages'] == 0)
     assert len(crashed)
     for i in crashed:
-        assert plans[i].trace['patches_per_case'] == 4 and list(plans[i].configurations) == ['3d_fullres']
+        assert plans[i].trace['patches_per_case'] == 4 and list(plans[i].configurations) == ['2d', '3d_fullres']
 
 
 @pytest.mark.parametrize('name', NAMED['data sets'])
 def test_known_data_sets(name):
     d, p = NAMED['data sets'][name], plan_experiment(known(name))
-    ours = [c.to_dict() for c in p.configurations.values()]
+    ours = [c.to_dict() for c in volumes(p)]
     assert [{k: c[k] for k in KEYS} for c in ours] == [{k: s[v] for k, v in KEYS.items()} for s in d['stages']]
 
 
@@ -99,7 +102,7 @@ def test_prostate():
     d, theirs = (json.loads((folder/f).read_text()) for f in ('dataset_properties.json', 'nnUNetPlansv2.1_plans_3D.json'))
     p = plan_experiment(Fingerprint(d['all_spacings'], d['all_sizes'], d['modalities'].values(), d['all_classes'], d['size_reductions'], d['intensityproperties']))
     stages = [theirs['plans_per_stage'][k] for k in sorted(theirs['plans_per_stage'])]
-    assert [{k: c.to_dict()[k] for k in KEYS} for c in p.configurations.values()] == [{k: s[v] for k, v in KEYS.items()} for s in stages]
+    assert [{k: c.to_dict()[k] for k in KEYS} for c in volumes(p)] == [{k: s[v] for k, v in KEYS.items()} for s in stages]
     assert list(p.transpose_forward) == theirs['transpose_forward'] and list(p.transpose_backward) == theirs['transpose_backward']
     assert list(p.normalization_schemes) == list(theirs['normalization_schemes'].values()) and list(p.use_mask_for_norm) == list(theirs['use_mask_for_norm'].values())
     c = p.configuration('3d_fullres')
