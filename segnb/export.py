@@ -33,17 +33,14 @@ def to_original_grid(
 )->np.ndarray:                # (Z, Y, X) label map on the grid of the original image
     "Decide the label of every original voxel, one class at a time in the memory of one; raises `SegnbError`"
     if len(probabilities) != labels.n_outputs:
-        raise SegnbError(f'{len(probabilities)} probability maps for {labels.n_outputs} labels {labels.names}')
-    dtype = np.uint8 if labels.n_outputs <= 256 else np.uint16
-    best = decided = None
-    for label, probability in enumerate(_cropped_classes(probabilities, case_properties)):
-        if best is None:
-            best, decided = np.array(probability), np.zeros(probability.shape, dtype)
-            continue
+        raise SegnbError(f'{len(probabilities)} probability maps for {labels.n_outputs} labels {[*(labels.regions or labels.names.values())]}')
+    decided = np.zeros(case_properties['shape_after_crop'], np.int16)
+    best = .5 if labels.regions else -np.inf
+    for i, probability in enumerate(_cropped_classes(probabilities, case_properties)):
         better = probability > best  # strictly: the first class wins a tie, as argmax does
-        decided[better] = label
-        np.maximum(best, probability, out=best)
-    return uncrop(decided, case_properties['bbox'], case_properties['shape'])
+        decided[better] = labels.region_order[i] if labels.regions else i
+        if not labels.regions: best = np.maximum(best, probability)
+    return uncrop(labels.decode(decided), case_properties['bbox'], case_properties['shape'])
 
 # %% ../nbs/63_export.ipynb #0b17c00a
 def probabilities_to_original_grid(

@@ -136,8 +136,8 @@ def evaluate_folder(
 )->dict:            # {'cases', 'mean', 'foreground_mean', 'labels', 'convention'}
     "Score every predicted label map of a folder; raises `MetricsError` naming the case that cannot be scored"
     names = getattr(labels, 'names', labels)
-    if isinstance(names, dict):
-        names = {int(k): str(names[k]) for k in getattr(labels, 'foreground', names) if int(k) != 0}
+    if hasattr(labels, 'foreground'): names = {labels.values[k]: names[k] for k in labels.foreground} # the files hold the data set's own numbers
+    if isinstance(names, dict): names = {int(k): str(name) for k, name in names.items() if int(k) != 0}
     else: names = {int(label): str(label) for label in names}
     if not names: raise MetricsError('no labels to score', found=labels, expected='at least one label')
     pairs = _pair_files(reference, prediction, cases, file_ending)

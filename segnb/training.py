@@ -342,6 +342,7 @@ def _set_up(t):
         if not (t.preprocessed/name).exists(): raise TrainingError('the folder is not a preprocessed data set', file=t.preprocessed, expected=name, fix='plan and preprocess the data set first')
     t.plans, t.dataset = Plans.load(t.preprocessed/'plans.json'), read_json(t.preprocessed/'dataset.json')
     t.plan, t.labels = t.plans.configuration(t.configuration), Labels.from_dict(t.dataset)
+    _check_kind(t)
     t.torch_device = choose_device(t.device)
     t.dtype = choose_precision(t.precision, t.torch_device)
     if t.n_workers is None: t.n_workers = 1 if t.torch_device.type == 'cpu' else default_workers()
@@ -350,6 +351,14 @@ def _set_up(t):
     _reset(t)
 
 # %% ../nbs/53_training.ipynb #d6bcdf15
+def _check_kind(t):
+    "Refuse what can be planned and preprocessed but not trained with this trainer"
+    told = dict(case=None, file=t.preprocessed, expected='one class per voxel and a 3D configuration of one stage')
+    if len(t.plan.patch_size) != 3: raise TrainingError('the network is three-dimensional', found=f"configuration '{t.configuration}' with patch {t.plan.patch_size}", fix="train '3d_fullres'", **told)
+    if getattr(t.plan, 'previous_stage', None): raise TrainingError('a cascade cannot be trained', found=f"configuration '{t.configuration}'", fix="train '3d_fullres' or '3d_lowres'", **told)
+    if t.labels.regions: raise TrainingError('regions that overlap cannot be trained', found=', '.join(t.labels.regions), fix='declare plain classes in dataset.json', **told)
+    if t.labels.ignore is not None: raise TrainingError('an ignore label cannot be trained', found=f'label {t.labels.values[t.labels.ignore]}', fix='give these voxels a class', **told)
+
 def _check_cases(t):
     "Find the fold's cases and open each one, so that nothing is missing in epoch 700"
     folder = t.preprocessed/t.configuration

@@ -1,5 +1,5 @@
 """What can go wrong in a training, and what the user is told: interruption, damage, other plans, full disks, bad data."""
-import json, os, subprocess, sys, time
+import json, os, shutil, subprocess, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -298,3 +298,15 @@ def test_averages_and_counts_without_a_value():
     before = network.weight.detach().clone()
     found = training_step(network, lambda x, y: x.sum() * float('nan'), optimizer, torch.ones(1, 1, 2, 2, 2), [])
     assert np.isnan(found) and torch.equal(network.weight, before)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'labels': {'background': 0, 'whole': [1, 2], 'core': 2}, 'regions_class_order': [1, 2]}, 'regions that overlap cannot be trained; found whole, core'),
+    ({'labels': {'background': 0, 'ball': 1, 'ignore': 2}}, 'an ignore label cannot be trained; found label 2')])
+def test_labels_that_cannot_be_trained_are_refused(task, tmp_path, change, message):
+    copy = tmp_path/'Balls'
+    shutil.copytree(task, copy)
+    description = json.loads((copy/'dataset.json').read_text())
+    (copy/'dataset.json').write_text(json.dumps({**description, **change}))
+    with pytest.raises(TrainingError, match=message): Trainer(copy, tmp_path/'model', epochs=1, **SMALL).fit()
+    assert not (tmp_path/'model').exists()
