@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 SETUP := settings.ini setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lab book readme hooks clean help
+.PHONY: demo test lab book bench readme hooks clean help
 
 help:
 	@echo "make demo    the whole pipeline on a phantom data set, from raw files to scored, overlaid label maps (demo/results)"
 	@echo "make test    export and clean leave no difference, every chapter's tests, then tests/"
 	@echo "make lab     JupyterLab on the chapters"
 	@echo "make book    the chapters as HTML pages in _docs/"
+	@echo "make bench   segnb beside its peers, stage by stage; writes benchmarks/RECORD.md"
 	@echo "make readme  README.md from nbs/index.ipynb"
 	@echo "make hooks   nbdev's git hooks for this clone: notebooks merge cell by cell"
 
@@ -40,6 +41,16 @@ lab: $(VENV)/dev
 book: $(VENV)/dev
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
 
+$(VENV)-peers/done: benchmarks/requirements-peers.txt constraints.txt
+	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	touch $@
+
+bench: $(VENV)/dev $(VENV)-peers/done
+	for stage in reading fingerprint planning resampling preprocessing; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
+	$(BIN)/python benchmarks/report.py
+
 readme: $(VENV)/dev
 	$(BIN)/python tools/readme.py
 
@@ -47,4 +58,4 @@ hooks: $(VENV)/dev
 	$(BIN)/nbdev_install_hooks
 
 clean:
-	rm -rf $(VENV) _docs _proc build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-peers _docs _proc build dist *.egg-info

@@ -1,0 +1,31 @@
+"""Write RECORD.md, the tables of the figures in record.json."""
+import json
+from common import HERE, RECORD
+
+
+def table(group, kept):
+    ours = kept['figures'].get('segnb', {}).get('seconds')
+    yield f'### {group}\n'
+    yield '| implementation | ms | CPU ms | peak MB | of segnb | rounds |\n|---|---:|---:|---:|---:|---:|'
+    for name, f in kept['figures'].items():
+        if 'error' in f: yield f'| {name} | failed: {f["error"].splitlines()[-1][:80]} | | | | |'
+        else: yield (f'| {name} | {f["seconds"]*1e3:.3g} {f["unit"]} | {f["cpu_seconds"]*1e3:.3g} | {f["peak_mb"]} | '
+                     f'{f["seconds"]/ours:.2f} | {f["rounds"]} |' if ours else f'| {name} | {f["seconds"]*1e3:.3g} {f["unit"]} | {f["cpu_seconds"]*1e3:.3g} | {f["peak_mb"]} | | {f["rounds"]} |')
+    for m in kept['marks']: yield f'\n{m["what"]}: **{m["ratio"]:.2f}**, goal {m["goal"]}: {"reached" if m["reached"] else "missed"}.'
+    yield ''
+
+
+def main():
+    record = json.loads(RECORD.read_text())
+    lines = ['# The record of the benchmarks\n', 'Written by `report.py` from `record.json`; how the figures are taken: [README.md](README.md).\n']
+    for stage, groups in record.items():
+        lines.append(f'## {stage}\n')
+        for group, kept in groups.items(): lines += table(group, kept)
+    one = next(iter(next(iter(record.values())).values()))
+    where = {(g['cpu'], g['cores'], g['python']) for groups in record.values() for g in groups.values()}
+    lines.append('## Machine\n\n' + '\n'.join(f'{cpu}, {cores} cores, Python {python}.' for cpu, cores, python in sorted(where)) + '\n')
+    for who, packages in one['packages'].items(): lines.append(f'{who}: ' + ', '.join(f'{k} {v}' for k, v in packages.items()) + '.\n')
+    (HERE/'RECORD.md').write_text('\n'.join(lines))
+
+
+if __name__ == '__main__': main()
