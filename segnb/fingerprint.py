@@ -4,20 +4,20 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'FingerprintError', 'Fingerprint', 'collects_intensities', 'foreground_intensities',
-           'intensity_statistics', 'extract_fingerprint']
+           'intensity_statistics', 'intensity_histogram', 'extract_fingerprint', 'fingerprint_page']
 
 # %% ../nbs/21_fingerprint.ipynb #2eba04e0
-import json
+import contextlib, json, zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from .cropping import nonzero_box
-from .image import SegnbError
-from .workers import parallel_map, read_json, write_json
+from .image import SegnbError, read_geometry, read_image, whole_file
+from .workers import parallel_map, read_json, worthwhile_workers, write_json
 
 # %% ../nbs/21_fingerprint.ipynb #ea2cdf67
 class FingerprintError(SegnbError):
@@ -46,6 +46,9 @@ def _check(f):
         missing = ', '.join(s for s in STATISTICS if s not in row)
         if missing: refuse('incomplete intensities', f'channel {c} lacks {missing}',
                            ', '.join(STATISTICS))
+    for c, row in (f.histograms or {}).items():
+        if not 0 <= c < channels or set(row) != {'start', 'width', 'counts', 'below', 'above'} or not row['width'] > 0:
+            refuse('a malformed histogram', f'channel {c}: {row}', 'start, width above 0, counts, below, above')
 
 # %% ../nbs/21_fingerprint.ipynb #fb06aa7a
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Fingerprint:
     labels: tuple                 # Foreground labels in the order of dataset.json
     size_reductions: tuple = None # Per case, voxels after cropping over before, in (0, 1]; None if unknown
     intensities: dict = None      # {channel index: {statistic: value}} of the foreground; None if unknown
+    histograms: dict = field(default=None, repr=False) # {channel index: what `intensity_histogram` gives}, to look at; None if unknown
 
     def __post_init__(self):
         def rows(table, kind): return tuple(tuple(map(kind, row)) for row in table)
@@ -69,6 +73,7 @@ class Fingerprint:
         if self.intensities is not None:
             tidy['intensities'] = {int(c): {s: float(v) for s, v in row.items()}
                                    for c, row in self.intensities.items()}
+        if self.histograms is not None: tidy['histograms'] = {int(c): dict(row) for c, row in self.histograms.items()}
         for name, value in tidy.items(): object.__setattr__(self, name, value)
         _check(self)
 
@@ -80,11 +85,11 @@ class Fingerprint:
     def from_dict(cls, d)->'Fingerprint': # d: what `to_dict` gives
         "Make a fingerprint from plain lists; raise `FingerprintError` naming what is missing or malformed"
         names = [f.name for f in fields(cls)]
-        missing = ', '.join(n for n in names if not isinstance(d, dict) or n not in d)
+        missing = ', '.join(n for n in names[:-1] if not isinstance(d, dict) or n not in d) # histograms may be absent
         if missing:
             raise FingerprintError('the fingerprint is incomplete', found=f'no {missing}',
                                    expected=', '.join(names))
-        try: return cls(**{n: d[n] for n in names})
+        try: return cls(**{n: d.get(n) for n in names})
         except FingerprintError: raise
         except (TypeError, ValueError, AttributeError) as e:
             raise FingerprintError('the fingerprint is malformed', found=e,
@@ -119,10 +124,18 @@ def foreground_intensities(
     data:np.ndarray, # (C, Z, Y, X) image, cropped
     seg:np.ndarray,  # (Z, Y, X) label map, cropped
     step:int=10,     # Keep every `step`-th voxel in C order
+    ignore:int=None, # Label of voxels without truth, which are no foreground; None: there is none
 )->np.ndarray:       # (C, n), same dtype as `data`
     "Sample the voxels whose label is above 0"
-    where = tuple(axis[::step] for axis in np.nonzero(seg > 0))
-    return data[(slice(None), *where)]
+    where, seen, thick = [], 0, max(1, 2**20 // seg[0].size) # slices at once: the list of places stays short
+    for z in range(0, len(seg), thick):
+        slab = seg[z:z + thick]
+        inside = slab > 0
+        if ignore is not None: inside &= slab != ignore
+        found = np.flatnonzero(inside)
+        where.append(found[-seen % step::step] + z * seg[0].size)
+        seen += len(found)
+    return data[(slice(None), *np.unravel_index(np.concatenate(where), seg.shape))]
 
 # %% ../nbs/21_fingerprint.ipynb #1878cb22
 def intensity_statistics(
@@ -133,42 +146,195 @@ def intensity_statistics(
         raise FingerprintError('there is no foreground to measure',
                                found='no voxel with a label above 0 in any case',
                                expected='at least one labelled case')
-    low, high = np.percentile(values.astype(np.float64), (.5, 99.5))
-    found = values.mean(), values.std(), np.median(values), values.min(), values.max(), low, high
+    n = len(values)
+    at = [(n - 1) * q for q in (.005, .995)] # positions of the percentiles, not whole numbers
+    whole = [int(p) for p in at]
+    ranks = {*whole, *(min(w + 1, n - 1) for w in whole), (n - 1) // 2, n // 2}
+    ordered = np.partition(values, sorted(ranks)) # only these ranks are where sorting would put them
+    low, high = (_between(float(ordered[w]), float(ordered[min(w + 1, n - 1)]), p - w) for p, w in zip(at, whole))
+    median = ordered[(n - 1) // 2:n // 2 + 1].mean()
+    found = values.mean(), values.std(), median, values.min(), values.max(), low, high
     return {name: float(value) for name, value in zip(STATISTICS, found)}
 
-# %% ../nbs/21_fingerprint.ipynb #68ef78c8
-def _measure(case, dataset, collect):
-    "Read one case; keep spacing, shape after cropping, size reduction and a sample of intensities"
-    case = dataset.read(case)
-    box = nonzero_box(case.image)
-    reduction = np.prod(box.shape) / np.prod(case.image.shape[1:])
-    if not collect: return case.geometry.spacing, box.shape, reduction, None
-    sample = foreground_intensities(case.image[(slice(None), *box.slices)], case.label[box.slices])
-    if not np.isfinite(sample).all():
-        raise FingerprintError('the foreground holds NaN or infinity', expected='finite intensities')
-    return case.geometry.spacing, box.shape, reduction, sample
-
-def _few(dataset, limit=32e6):
-    "Tell whether the images are so small on disk (bytes) that starting processes costs more than it saves"
-    files = (Path(f) for case in dataset.cases for f in dataset.image_files(case))
-    return sum(f.stat().st_size for f in files if f.exists()) < limit
+def _between(a, b, share):
+    "Interpolate as numpy does, from the nearer end"
+    return a + (b - a) * share if share < .5 else b - (b - a) * (1 - share)
 
 # %% ../nbs/21_fingerprint.ipynb #de9245a2
+def intensity_histogram(
+    values:np.ndarray, # (n,) float32, the samples of all cases joined
+    statistics:dict,   # What `intensity_statistics` says of them
+    bins:int=150,      # About how many
+)->dict:               # `start` and `width` of the bins, `counts`; how many values lie `below` and `above` them
+    "Count values in equal bins around the middle 99 %"
+    low, high = statistics['percentile_00_5'], statistics['percentile_99_5']
+    reach = (high - low) / 4 or .5
+    start, width = low - reach, (high - low + 2 * reach) / bins
+    if np.array_equal(values, np.rint(values)):
+        start, width = np.floor(start) - .5, max(1., np.ceil(width))
+        bins = int(np.ceil((high + reach - start) / width))
+    place = np.clip((values - np.float32(start)) / np.float32(width) + 1, 0, bins + 1).astype(np.int16)
+    below, *counts, above = np.bincount(place, minlength=bins + 2).tolist()
+    return dict(start=float(start), width=float(width), counts=counts, below=below, above=above)
+
+# %% ../nbs/21_fingerprint.ipynb #18ef2fe2
+def _measure(case, dataset, sampled):
+    "Read one case; keep spacing, shape after cropping, size reduction and a sample of intensities"
+    label = None
+    if sampled: image, label, geometry = (lambda c: (c.image, c.label, c.geometry))(dataset.read(case))
+    else:
+        image, geometry = read_image(dataset.image_files(case))
+        if len(image) != len(dataset.channels) or read_geometry(dataset.label_file(case)).shape != geometry.shape:
+            dataset.read(case) # raises, and says which
+    box = nonzero_box(image)
+    found = dict(spacing=geometry.spacing, shape=box.shape, reduction=np.prod(box.shape) / np.prod(geometry.shape))
+    if not sampled: return found
+    inside = slice(None), *box.slices
+    sample = foreground_intensities(image[inside], label[box.slices], ignore=dataset.labels.ignore)
+    if not np.isfinite(sample).all():
+        raise FingerprintError('the foreground holds NaN or infinity', expected='finite intensities')
+    return dict(found, sample=sample)
+
+# %% ../nbs/21_fingerprint.ipynb #d36a66eb
+def _source(case, dataset, sampled):
+    "Name what a result depends on: the files with size and time of change, and what was asked"
+    files = [*dataset.image_files(case), dataset.label_file(case), dataset.folder/'dataset.json']
+    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else (str(f),) for f in map(Path, files)]
+    return json.dumps([sampled, state])
+
+def _recall(part, source):
+    "Give the result that an earlier run left, or None if there is none, it is damaged, or the files have changed"
+    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        with np.load(part) as found:
+            if found['source'].item() == source:
+                return dict(spacing=tuple(found['spacing'].tolist()), shape=tuple(found['shape'].tolist()),
+                            reduction=found['reduction'].item(), **({'sample': found['sample']} if 'sample' in found else {}))
+
+def _measure_or_recall(case, dataset, sampled, folder):
+    "Measure a case unless an earlier run did; leave the result in `folder`"
+    if folder is None: return _measure(case, dataset, sampled)
+    part, source = Path(folder)/f'{case}.npz', _source(case, dataset, sampled)
+    if known := _recall(part, source): return known
+    found = _measure(case, dataset, sampled)
+    with whole_file(part) as file: np.savez(file, source=np.array(source), **found)
+    return found
+
+def _forget(cases, folder):
+    "Remove what `_measure_or_recall` left, and the folder if it holds nothing else"
+    for case in cases: (Path(folder)/f'{case}.npz').unlink(missing_ok=True)
+    with contextlib.suppress(OSError): Path(folder).rmdir()
+
+# %% ../nbs/21_fingerprint.ipynb #1bf4b07b
+def _seconds(dataset, sampled):
+    "Estimate how long one process takes: 100 MB of files a second, and 2 ms a case"
+    files = [f for case in dataset.cases for f in (*dataset.image_files(case), *([dataset.label_file(case)] * sampled))]
+    return sum(Path(f).stat().st_size for f in files if Path(f).exists()) / 100e6 + .002 * len(dataset.cases)
+
+def _memory(dataset, case):
+    "Estimate the peak memory of a case, bytes: as read, as float32, and its label map; 0 if its header cannot be read"
+    try: voxels = int(np.prod(read_geometry(dataset.image_files(case)[0]).shape))
+    except SegnbError: return 0
+    return voxels * (8 * len(dataset.channels) + 8)
+
+# %% ../nbs/21_fingerprint.ipynb #b9989eea
 def extract_fingerprint(
-    dataset,            # `Dataset` with at least one training case
-    n_workers:int=None, # Processes; 0: this one; None: this one for small data, else `default_workers()`
+    dataset,              # `Dataset` with at least one training case
+    n_workers:int=None,   # Processes; 0: this one; None: as many as pay for themselves
+    resume=None,          # Folder for results of single cases, so that a killed run goes on; removed at the end
+    histograms:bool=None, # Keep histograms of the foreground; None: only where intensities are measured anyway
 )->Fingerprint:
     "Read each training case once and keep what planning needs; errors name the case"
     if not dataset.cases:
         raise FingerprintError('there are no training cases', file=dataset.folder,
                                expected='images in imagesTr, label maps in labelsTr')
     collect = collects_intensities(dataset.channels)
-    if n_workers is None and _few(dataset): n_workers = 0
-    measure = partial(_measure, dataset=dataset, collect=collect)
-    found = parallel_map(measure, dataset.cases, n_workers, names=dataset.cases, step='fingerprint')
-    spacings, shapes, reductions, samples = zip(*found)
-    pools = [np.concatenate(parts) for parts in zip(*samples)] if collect else []
-    intensities = {c: intensity_statistics(pool) for c, pool in enumerate(pools)} or None
-    return Fingerprint(spacings, shapes, dataset.channels, dataset.labels.foreground, reductions,
-                       intensities)
+    sampled = collect or bool(histograms)
+    if n_workers is None: n_workers = worthwhile_workers(_seconds(dataset, sampled))
+    if resume is not None: Path(resume).mkdir(parents=True, exist_ok=True)
+    memory = [_memory(dataset, case) for case in dataset.cases] if n_workers else None
+    measure = partial(_measure_or_recall, dataset=dataset, sampled=sampled, folder=resume)
+    found = parallel_map(measure, dataset.cases, n_workers, names=dataset.cases, step='fingerprint', memory=memory)
+    fingerprint = _summary(dataset, found, collect, sampled and histograms is not False)
+    if resume is not None: _forget(dataset.cases, resume)
+    return fingerprint
+
+def _summary(dataset, found, collect, draw):
+    "Join what the cases gave"
+    statistics, drawn = {}, {}
+    for c in range(len(dataset.channels) if collect or draw else 0):
+        pool = np.concatenate([case['sample'][c] for case in found])
+        statistics[c] = intensity_statistics(pool)
+        if draw: drawn[c] = intensity_histogram(pool, statistics[c])
+    columns = [[case[key] for case in found] for key in ('spacing', 'shape', 'reduction')]
+    return Fingerprint(*columns[:2], dataset.channels, dataset.labels.foreground, columns[2],
+                       statistics if collect else None, drawn or None)
+
+# %% ../nbs/21_fingerprint.ipynb #3123a80a
+def _draw_scatter(ax, table, what, unit):
+    "Draw one dot per case: along z against along x"
+    table = np.array(table, float)
+    ax.scatter(table[:, 0], table[:, 2], s=40, color='#0072b2', alpha=.5, linewidth=0)
+    ax.set(xlabel=f'along z ({unit})', ylabel=f'along x ({unit})', title=what, xlim=(0, 1.1*table[:, 0].max()),
+           ylim=(0, 1.25*table[:, 2].max()))
+
+def _draw_reductions(ax, f):
+    "Draw how much cropping left of each case, and the limit below which the mask counts"
+    if f.size_reductions is None:
+        ax.axis('off'); ax.set_title('Size reductions are unknown'); return
+    ax.hist(f.size_reductions, np.linspace(0, 1, 41), color='#999999')
+    ax.axvline(.75, color='black', lw=1, ls=':', label='0.75: mask used if the median is below')
+    ax.axvline(np.median(f.size_reductions), color='#d55e00', lw=1.6, label=f'median {np.median(f.size_reductions):.2f}')
+    ax.set(xlabel='voxels after cropping / before', ylabel='cases', title='What cropping left', xlim=(0, 1.02))
+    ax.legend(loc='upper left')
+
+def _draw_table(ax, f):
+    "Write smallest, median and largest spacing, size and extent"
+    mm, voxels = np.array(f.spacings), np.array(f.shapes)
+    rows = [(f'{what}, {axis}', *(f'{v:.4g}' for v in (column.min(), np.median(column), column.max())))
+            for what, table in (('spacing (mm)', mm), ('size (voxels)', voxels), ('extent (mm)', mm * voxels))
+            for axis, column in zip('zyx', table.T)]
+    ax.axis('off')
+    ax.set_title(f'{len(voxels)} cases; channels {", ".join(f.channels)}')
+    table = ax.table(rows, colLabels=('', 'smallest', 'median', 'largest'), colWidths=(.4, .2, .2, .2), edges='horizontal',
+                     bbox=(0, 0, 1, 1))
+    table.auto_set_font_size(False); table.set_fontsize(8)
+
+# %% ../nbs/21_fingerprint.ipynb #874532cb
+def _marks(f, c):
+    "Find the percentiles 0.5, 50 and 99.5 of channel `c`: measured, or read from the histogram"
+    if s := (f.intensities or {}).get(c): return s['percentile_00_5'], s['median'], s['percentile_99_5']
+    h = f.histograms[c]
+    share = np.cumsum([h['below'], *h['counts'], h['above']]) / (sum(h['counts']) + h['below'] + h['above'])
+    return [h['start'] + h['width'] * np.searchsorted(share, q) for q in (.005, .5, .995)]
+
+def _draw_histogram(ax, f, c):
+    "Draw the foreground of one channel with its percentiles"
+    h, unit = f.histograms[c], 'HU' if f.channels[c] in ('CT', 'ct') else 'unit of the image'
+    ax.stairs(h['counts'], h['start'] + h['width'] * np.arange(len(h['counts']) + 1), fill=True, color='#999999')
+    for value, name, style in zip(_marks(f, c), ('0.5 %', 'median', '99.5 %'), ('--', '-', '--')):
+        ax.axvline(value, color='black', ls=style, lw=1.2, label=f'{name}: {value:.4g}')
+    beyond = f"; {h['below']} below, {h['above']} above" if h['below'] or h['above'] else ''
+    ax.set(xlabel=unit, ylabel='sampled voxels', title=f'Foreground of {f.channels[c]}{beyond}')
+    ax.legend(loc='upper right')
+
+# %% ../nbs/21_fingerprint.ipynb #5c06e6cd
+def fingerprint_page(
+    fingerprint:Fingerprint, # Of the data set to look at
+):                           # A matplotlib figure
+    "Draw spacings, shapes, what cropping left, their table, and the foreground of each channel with its percentiles"
+    from segnb.viewer import figure
+    f, drawn = fingerprint, sorted(fingerprint.histograms or {})
+    count = 4 + max(1, len(drawn))
+    fig, axes = figure(-(-count // 3), 3, 10, 2.9 * -(-count // 3))
+    panels, (rest, last) = axes.ravel()[:count], (axes.ravel()[count:], axes.ravel()[count - 1])
+    for ax in rest: ax.remove()
+    if len(rest): last.set_subplotspec(axes[0, 0].get_gridspec()[-1, (count - 1) % 3:]) # the last panel takes their place
+    _draw_scatter(panels[0], f.spacings, 'Voxel sizes', 'mm')
+    _draw_scatter(panels[1], f.shapes, 'Sizes after cropping', 'voxels')
+    _draw_reductions(panels[2], f)
+    _draw_table(panels[3], f)
+    for ax, c in zip(panels[4:], drawn): _draw_histogram(ax, f, c)
+    if not drawn:
+        last.axis('off')
+        last.text(.5, .5, 'No histograms: no channel is called CT or ct,\nso the foreground was not measured', ha='center', va='center')
+    return fig
