@@ -6,18 +6,18 @@
 __all__ = ['BASE_BYTES', 'PreprocessingError', 'class_locations', 'region_locations', 'case_spacing', 'preprocess_case',
            'previous_from_probabilities', 'previous_on_grid', 'PreprocessedCase', 'save_preprocessed',
            'load_preprocessed', 'Damage', 'verify_preprocessed', 'preprocessing_identity', 'estimate_case',
-           'preprocess_dataset']
+           'preprocess_dataset', 'preprocess_previous_stage']
 
 # %% ../nbs/32_preprocessing.ipynb #bab463c0
+import glob
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 import warnings
 import zlib
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .cropping import CropBox, crop_to_nonzero
-from .image import SegnbError, read_geometry, read_label_map, whole_file
+from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_geometry, read_label_map, whole_file
 from .labels import Labels
 from .normalization import normalize
 from .resampling import resample_case, resample_image, resample_label_map
@@ -248,12 +248,12 @@ def save_preprocessed(
 # %% ../nbs/32_preprocessing.ipynb #e54b140c
 def _store(array, file):
     # write a .npy file whole or not at all; gives [bytes, checksum] as they go into the JSON file
-    array, head = np.ascontiguousarray(array), io.BytesIO()
-    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))
-    parts = head.getvalue(), array.reshape(-1).view(np.uint8)
-    with whole_file(file) as part, open(part, 'wb') as f:
-        for p in parts: f.write(p)
-    return [sum(len(p) for p in parts), f'{zlib.crc32(parts[1], zlib.crc32(parts[0])):08x}']
+    array = np.ascontiguousarray(array)
+    with whole_file(file) as part:
+        np.save(part, array)
+        size = part.stat().st_size
+        with open(part, 'rb') as f: head = f.read(size - array.nbytes)
+    return [size, f'{zlib.crc32(array.reshape(-1).view(np.uint8), zlib.crc32(head)):08x}']
 
 
 def _checksum(file):
@@ -434,8 +434,7 @@ BASE_BYTES = 150e6   # python with its libraries
 # %% ../nbs/32_preprocessing.ipynb #79b83943
 def _link_truth(dataset, case, folder):
     source = Path(dataset.label_file(case))
-    ending = '.nii.gz' if source.name.endswith('.nii.gz') else source.suffix
-    with whole_file(folder/f'{case}{ending}') as part:
+    with whole_file(folder/f'{case}{image_ending(source)}') as part:
         try: os.link(source.resolve(), part)
         except OSError: shutil.copy(source, part)
 
@@ -509,3 +508,73 @@ def preprocess_dataset(
 def _estimate(dataset, plans, names, case):
     geometry = read_geometry(dataset.image_files(case)[0])
     return estimate_case(geometry.shape, geometry.spacing, plans, names)
+
+# %% ../nbs/32_preprocessing.ipynb #5e8c774b
+def preprocess_previous_stage(
+    predictions,                             # Folder with <case>.npz ('probabilities'), <case>.npy, or a label map a case
+    preprocessed,                            # Folder preprocessed/TaskXXX
+    plans,                                   # `Plans`
+    configuration:str='3d_cascade_fullres',  # Name of the configuration that needs the maps
+    n_workers:int=None,                      # Processes; None: this one for less than 1 GB of predictions
+)->tuple:                                    # Identifiers of the cases that had to be done
+    "Lay the predictions of the stage before on the voxels of the preprocessed cases, as `<case>_previous.npy`"
+    c, out = plans.configuration(configuration), Path(preprocessed)
+    cases = load_preprocessed(out/c.data_configuration)
+    files = {case: _prediction_of(Path(predictions), case) for case in cases}
+    if lost := [case for case, file in files.items() if file is None]:
+        raise PreprocessingError(f'{len(lost)} case(s) have no prediction of the stage before', file=predictions,
+                                 found=f"none for {', '.join(lost[:5])}", expected='<case>.npz, <case>.npy or a label map',
+                                 fix='predict all training cases first, each by the fold that did not train on it')
+    before = plans.configuration(getattr(c, 'previous_stage', None) or c.name)
+    run = partial(_previous_one, folder=out/c.data_configuration, files=files, spacing=before.spacing,
+                  labels=Labels.from_dict(read_json(out/'dataset.json'), out/'dataset.json'))
+    if n_workers is None: n_workers = 0 if sum(f.stat().st_size for f in files.values()) < 1e9 else default_workers(2**32)
+    done = parallel_map(run, list(cases), n_workers, names=list(cases), step='laying predictions on the next stage')
+    return tuple(case for case, new in zip(cases, done) if new)
+
+# %% ../nbs/32_preprocessing.ipynb #ac717b47
+def _prediction_of(folder, case):
+    # the file that holds a case's prediction: probabilities first
+    there = {f.name[len(case):]: f for f in folder.glob(f'{glob.escape(case)}.*')}
+    return next((there[e] for e in ('.npz', '.npy', *IMAGE_ENDINGS) if e in there), None)
+
+
+def _previous_one(case, folder, files, spacing, labels):
+    # store the map of one case; False if it was there already
+    file = files[case]
+    source = [file.name, file.stat().st_size, file.stat().st_mtime_ns]
+    with _held(_case_lock(folder.parent, case)):
+        one = PreprocessedCase(folder, case)
+        properties, name = dict(one.properties), f'{case}_previous.npy'
+        if properties.get('previous_source') == source and not _damages(one, contents=False): return False
+        new = _from_file(file, case, properties, spacing, labels)
+        properties['files'] = {**properties['files'], name: _store(new, folder/name)}
+        write_json({**properties, 'previous_source': source}, folder/f'{case}.json')
+    return True
+
+
+def _from_file(file, case, properties, spacing, labels):
+    # the classes in a prediction file, on the grid of the preprocessed case; the file's own grid is compared with the expected one
+    shape = tuple(properties['shape_after_resampling'])
+    if file.suffix in ('.npy', '.npz'):
+        with np.load(file, mmap_mode='r') if file.suffix == '.npz' else nullcontext({'': np.load(file, mmap_mode='r')}) as arrays:
+            array = next(iter(arrays.values()))
+        forward = list(properties['transpose_forward'])
+        cut, old = (np.asarray(properties[key])[forward] for key in ('shape_after_crop', 'spacing'))
+        expected = (labels.n_outputs, *resampled_shape(cut, old, spacing))
+        make = partial(_decide, array, shape, labels)
+    else:
+        array, _ = read_label_map(file)
+        expected = tuple(properties['shape'])
+        make = lambda: previous_on_grid(labels.encode(array, case, file), properties)
+    if array.shape != expected: raise PreprocessingError('the prediction of the stage before has another grid', case=case, file=file,
+                                                         found=f'shape {array.shape}', expected=f'{expected}',
+                                                         fix='predict this case again')
+    return make()
+
+
+def _decide(probabilities, shape, labels):
+    # one class a voxel: the highest, or for regions what their order says
+    if not labels.regions: return previous_from_probabilities(probabilities, shape)
+    fine = np.concatenate([resample_image(np.asarray(p, np.float32)[None], shape, order=1) for p in probabilities])
+    return labels.encode(labels.to_label_map(fine)).astype(np.uint8)

@@ -10,7 +10,11 @@ from segnb.dataset import Dataset
 from segnb.fingerprint import extract_fingerprint
 from segnb.image import Geometry, SegnbError, write_image, write_label_map
 from segnb.planning import plan_experiment
-from segnb.preprocessing import PreprocessedCase, PreprocessingError, load_preprocessed, preprocess_case, preprocess_dataset
+from segnb.labels import Labels
+from segnb.preprocessing import (PreprocessedCase, PreprocessingError, estimate_case, load_preprocessed, preprocess_case, preprocess_dataset,
+                                 preprocess_previous_stage, preprocessing_identity, previous_from_probabilities, previous_on_grid,
+                                 save_preprocessed, verify_preprocessed)
+from segnb.resampling import resample_label_map
 from segnb.workers import read_json, write_json
 
 HERE = Path(__file__).parent
@@ -34,16 +38,20 @@ def write_task(folder, r):
 def planned(dataset): return plan_experiment(extract_fingerprint(dataset, 0))
 
 
-@pytest.mark.parametrize('name', ['ct', 'mr', 'thick'])
-def test_a_task_from_raw_files_to_stored_arrays(name, tmp_path):
+@pytest.mark.parametrize('configuration', ['3d_fullres', '2d'])
+@pytest.mark.parametrize('name', ['ct', 'mr', 'thick', 'aniso', 'many'])
+def test_a_task_from_raw_files_to_stored_arrays(name, configuration, tmp_path):
     r = recorded(name)
     dataset = write_task(tmp_path/'raw', r)
     plans = planned(dataset)
-    assert np.allclose(plans.configuration('3d_fullres').spacing, r['spacing']) and list(plans.transpose_forward) == list(r['transpose_forward'])
+    if configuration == '2d': r = recorded(f'2d_{name}')
+    compared = slice(1, 3) if configuration == '2d' else slice(0, 3)                   # in 2D a case keeps its own distance between slices
+    assert np.allclose(plans.configuration(configuration).spacing[compared], r['spacing'][compared]) and list(plans.transpose_forward) == list(r['transpose_forward'])
     assert list(plans.normalization_schemes) == list(r['schemes']) and list(plans.use_mask_for_norm) == list(r['use_mask'])
-    assert preprocess_dataset(dataset, plans, tmp_path/'out', n_workers=0) == dataset.cases
-    for case, stored in load_preprocessed(tmp_path/'out'/'3d_fullres').items():
+    assert preprocess_dataset(dataset, plans, tmp_path/'out', configuration, n_workers=0) == dataset.cases
+    for case, stored in load_preprocessed(tmp_path/'out'/configuration).items():
         theirs = r[f'{case}/new_data']
+        assert np.allclose(stored.properties['spacing_after_resampling'][compared], r[f'{case}/new_spacing'][compared])
         assert stored.data.dtype == np.float32 and stored.data.shape == theirs.shape
         assert np.abs(stored.data - theirs).max() <= 1e-5 * np.abs(theirs).max(), case
         assert np.array_equal(stored.seg, r[f'{case}/new_seg']), case
@@ -150,3 +158,214 @@ def test_a_case_travels_to_a_worker_without_its_arrays(task, tmp_path):
     assert len(pickle.dumps(PreprocessedCase(case.folder, case.case))) < 500
     assert isinstance(case.data, np.memmap) and isinstance(case.seg, np.memmap)
     with pytest.raises(PreprocessingError, match='no such folder'): load_preprocessed(tmp_path/'nowhere')
+
+
+# 2D, the stage before, regions ------------------------------------------------------------------------------------------
+
+def two_d(plans, **changes):
+    "The plans with a 2D configuration of these values"
+    return replace(plans, configurations={'2d': replace(plans.configuration('2d'), **changes)})
+
+
+def test_in_2d_nan_goes_and_the_callers_spacing_stays(task):
+    r, plans = recorded('defects'), replace(task[1], channels=('MRI',), normalization_schemes=('noNorm',), use_mask_for_norm=(False,),
+                                            transpose_forward=(0, 1, 2), transpose_backward=(0, 1, 2))
+    plans = two_d(plans, spacing=(4., .8, .8))
+    assert r['nan_after'].sum() > 1                                                   # one voxel in, a slice of the original's output lost
+    spacing = [3., 1., 1.]
+    data, seg, properties = preprocess_case(r['nan_data'], r['nan_seg'], spacing, plans, '2d')
+    assert np.isfinite(data).all() and data.shape[1:] == r['nan_after'].shape[1:]
+    other = preprocess_case(r['nan_data'], r['nan_seg'], (5., 1., 1.), plans, '2d')[2]
+    assert properties['spacing_after_resampling'] == (3., .8, .8) and other['spacing_after_resampling'] == (5., .8, .8)
+    assert r['spacing_of_the_first'][0] == 5.                                         # the original's first case was told the second's
+    assert spacing == [3., 1., 1.] and plans.configuration('2d').spacing == (4., .8, .8)
+
+
+def test_the_identity_in_2d_leaves_the_slices_out(task):
+    plans = task[1]
+    two = plans.configuration('2d')
+    assert preprocessing_identity(plans, '2d') == preprocessing_identity(two_d(plans, spacing=(9., *two.spacing[1:])), '2d')
+    assert preprocessing_identity(plans, '2d') != preprocessing_identity(two_d(plans, spacing=(*two.spacing[:2], 9.)), '2d')
+    assert preprocessing_identity(plans, '2d') != preprocessing_identity(plans, '3d_fullres')
+
+
+def test_the_stage_before_lies_on_the_voxels_of_the_image():
+    r = recorded('defects')
+    properties = dict(bbox=r['box'], transpose_forward=(0, 1, 2), shape_after_resampling=r['in_the_box'].shape)
+    ours = previous_on_grid(r['raw'], properties)
+    assert np.array_equal(ours, r['in_the_box']) and ours.dtype == np.uint8
+    assert not np.array_equal(ours, r['at_test_time'])                                 # the original resizes the whole map
+    assert np.array_equal(resample_label_map(r['raw'], r['at_test_time'].shape), r['at_test_time'])   # and does so exactly like this
+    axes = (2, 0, 1)
+    turned = dict(properties, transpose_forward=axes, shape_after_resampling=tuple(ours.shape[a] for a in axes))
+    assert np.array_equal(previous_on_grid(r['raw'], turned), ours.transpose(axes))
+    with pytest.raises(PreprocessingError, match='negative'): previous_on_grid(r['raw'].astype(int) - 1, properties)
+
+
+def test_probabilities_of_the_stage_before_are_resampled_as_the_original_does():
+    r = recorded('defects')
+    ours = previous_from_probabilities(r['low'], r['from_low'].shape)
+    assert np.array_equal(ours, r['from_low']) and ours.dtype == np.uint8 and len(np.unique(ours)) == 3
+    assert np.array_equal(previous_from_probabilities(r['low'], r['low'].shape[1:]), r['low'].argmax(0))
+
+
+def test_previous_maps_of_a_data_set(task, tmp_path):
+    dataset, plans = task
+    preprocess_dataset(dataset, plans, tmp_path/'out', n_workers=0)
+    cases = load_preprocessed(tmp_path/'out'/'3d_fullres')
+    assert cases['c0'].previous is None
+    maps, expected = tmp_path/'maps', {}
+    maps.mkdir()
+    for c in ('c0', 'c1'):                                                             # label maps on the grid of the files
+        one = dataset.read(c)
+        write_label_map(one.label, one.geometry, maps/f'{c}.nii.gz')
+        expected[c] = preprocess_case(one.image, one.label, one.geometry.spacing, plans, '3d_fullres', previous=one.label)[2]['previous']
+    with pytest.raises(PreprocessingError, match='c2'): preprocess_previous_stage(maps, tmp_path/'out', plans, '3d_fullres')
+    shape = cases['c2'].seg.shape
+    probabilities = np.random.default_rng(0).random((3, *shape)).astype(np.float32)
+    np.savez(maps/'c2.npz', probabilities=probabilities)                               # or probabilities on the preprocessed grid
+    expected['c2'] = probabilities.argmax(0)
+    assert preprocess_previous_stage(maps, tmp_path/'out', plans, '3d_fullres', n_workers=0) == ('c0', 'c1', 'c2')
+    for c, one in load_preprocessed(tmp_path/'out'/'3d_fullres').items():
+        assert np.array_equal(one.previous, expected[c]) and one.previous.shape == one.seg.shape, c
+    assert verify_preprocessed(tmp_path/'out'/'3d_fullres') == ()
+    assert preprocess_previous_stage(maps, tmp_path/'out', plans, '3d_fullres') == ()   # nothing left to do
+    assert preprocess_dataset(dataset, plans, tmp_path/'out') == ()
+    (tmp_path/'out'/'3d_fullres'/'c1_previous.npy').write_bytes(b'short')
+    assert preprocess_previous_stage(maps, tmp_path/'out', plans, '3d_fullres') == ('c1',)
+    np.savez(maps/'c2.npz', probabilities=probabilities[:, :-1])
+    with pytest.raises(PreprocessingError, match='c2'): preprocess_previous_stage(maps, tmp_path/'out', plans, '3d_fullres')
+
+
+def test_a_previous_map_at_test_time_of_another_grid_is_refused(task):
+    case = task[0].read('c0')
+    with pytest.raises(PreprocessingError, match='stage before'):
+        preprocess_case(case.image, None, case.geometry.spacing, task[1], '3d_fullres', previous=case.label[1:])
+
+
+def test_regions_and_the_ignore_label(task, tmp_path):
+    case = task[0].read('c0')
+    label = case.label.copy()
+    label[label == 2] = 3                                                              # an ignore label, index K + 1
+    image = np.concatenate([case.image])
+    plain = preprocess_case(image, case.label, case.geometry.spacing, task[1], '3d_fullres')[2]
+    data, seg, properties = preprocess_case(image, label, case.geometry.spacing, task[1], '3d_fullres', regions={'both': (1, 2), 'core': (2,)})
+    assert 3 in seg and list(properties['class_locations']) == [1, 2] and len(properties['class_locations'][2]) == 0
+    assert np.array_equal(properties['class_locations'][1], plain['class_locations'][1])
+    assert len(properties['region_locations']['core']) == 0 and len(properties['region_locations']['both']) == len(properties['class_locations'][1])
+    stored = save_preprocessed(data, seg, properties, tmp_path, 'c0')
+    for name, voxels in properties['region_locations'].items(): assert np.array_equal(stored.region_locations[name], voxels)
+    for name, voxels in properties['class_locations'].items(): assert np.array_equal(stored.class_locations[name], voxels)
+
+
+# Damage, locks, two runs ------------------------------------------------------------------------------------------------
+
+def spoil(folder, how):
+    file = folder/'c1_data.npy'
+    data = bytearray(file.read_bytes())
+    if how == 'cut short': file.write_bytes(data[:-10])
+    elif how == 'a bit flipped': data[-1000] ^= 1; file.write_bytes(data)
+    elif how == 'deleted': file.unlink()
+    elif how == 'JSON cut short': (folder/'c1.json').write_text((folder/'c1.json').read_text()[:40])
+
+
+@pytest.mark.parametrize('how', ['cut short', 'a bit flipped', 'deleted', 'JSON cut short'])
+def test_a_damaged_file_is_found_named_and_remade(task, tmp_path, how):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    folder, whole = tmp_path/'3d_fullres', contents(tmp_path)
+    assert verify_preprocessed(folder) == ()
+    spoil(folder, how)
+    [damage] = verify_preprocessed(folder)
+    assert damage.case == 'c1' and damage.file.name in ('c1_data.npy', 'c1.json') and 'c1' in str(damage)
+    assert len(verify_preprocessed(folder, contents=False)) == (how != 'a bit flipped')
+    if how in ('cut short', 'deleted'):
+        with pytest.raises(PreprocessingError, match='c1_data.npy'): load_preprocessed(folder)['c1'].data
+    with pytest.warns(UserWarning, match='c1'): assert preprocess_dataset(*task, tmp_path, n_workers=0) == ('c1',)
+    assert contents(tmp_path) == whole
+
+
+RUN = ('import sys, segnb.preprocessing as p; from segnb.dataset import Dataset; from segnb.planning import Plans; import time\n'
+       'one = p.preprocess_case\n'
+       'def slow(*a): time.sleep(.4); return one(*a)\n'
+       'p.preprocess_case = slow; print("began", flush=True)\n'
+       'print(*p.preprocess_dataset(Dataset(sys.argv[1]), Plans.load(sys.argv[2]), sys.argv[3], n_workers=int(sys.argv[4])))')
+
+
+def start(task, plans_file, out, n=0):
+    return subprocess.Popen([sys.executable, '-c', RUN, str(task[0].folder), str(plans_file), str(out), str(n)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize('n', [0, 2])
+def test_two_runs_at_once_share_the_work(task, tmp_path, n):
+    task[1].save(tmp_path/'p.json')
+    runs = [start(task, tmp_path/'p.json', tmp_path/'out', n) for _ in range(2)]
+    for run in runs:
+        out, error = run.communicate(timeout=120)
+        assert run.returncode == 0, error
+    assert verify_preprocessed(tmp_path/'out'/'3d_fullres') == () and not list((tmp_path/'out').rglob('.*'))
+    preprocess_dataset(*task, tmp_path/'alone', n_workers=0)
+    assert contents(tmp_path/'out') == contents(tmp_path/'alone')
+
+
+def test_two_runs_at_once_with_other_plans(task, tmp_path):
+    dataset, plans = task
+    full = plans.configuration('3d_fullres')
+    coarser = replace(plans, configurations={'3d_fullres': replace(full, spacing=(3., 2., 2.))})
+    plans.save(tmp_path/'p.json'); coarser.save(tmp_path/'q.json')
+    runs = [start(task, tmp_path/f, tmp_path/'out') for f in ('p.json', 'q.json')]
+    ends = [run.communicate(timeout=120) for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1], ends
+    refused = next(end[1] for run, end in zip(runs, ends) if run.returncode)
+    assert 'other plans' in refused
+    identities = {case.properties['preprocessing'] for case in load_preprocessed(tmp_path/'out'/'3d_fullres').values()}
+    assert len(identities) == 1 and len(load_preprocessed(tmp_path/'out'/'3d_fullres')) == 3
+
+
+def test_a_folder_without_cases_may_follow_new_plans(task, tmp_path):
+    dataset, plans = task
+    image = Dataset(shutil.copytree(dataset.folder, tmp_path/'raw'))
+    first = image.image_files('c0')[0]
+    whole = Path(first).read_bytes()
+    Path(first).write_bytes(whole[:100])
+    with pytest.raises(SegnbError, match='c0'): preprocess_dataset(image, plans, tmp_path/'out', n_workers=0)
+    Path(first).write_bytes(whole)
+    coarser = replace(plans, configurations={'3d_fullres': replace(plans.configuration('3d_fullres'), spacing=(3., 2., 2.))})
+    assert len(preprocess_dataset(image, coarser, tmp_path/'out', n_workers=0)) == 3
+
+
+def test_what_cannot_fit_is_refused_before_the_first_case(task, tmp_path, monkeypatch):
+    import segnb.preprocessing as p
+    from segnb.workers import Estimate
+    monkeypatch.setattr(p, 'estimate_case', lambda *a: Estimate(10**15))
+    with pytest.raises(SegnbError, match='memory'): preprocess_dataset(*task, tmp_path)
+    monkeypatch.setattr(p, 'estimate_case', lambda *a: Estimate(1, disk=10**17))
+    with pytest.raises(SegnbError, match='space'): preprocess_dataset(*task, tmp_path)
+    assert not load_preprocessed(tmp_path/'3d_fullres')
+
+
+def test_the_disk_estimate_bounds_what_is_written(task, tmp_path):
+    dataset, plans = task
+    preprocess_dataset(dataset, plans, tmp_path, ['2d', '3d_fullres'], n_workers=0)
+    for c in dataset.cases:
+        one = dataset.read(c)
+        written = sum(f.stat().st_size for name in ('2d', '3d_fullres') for f in (tmp_path/name).glob(f'{c}[._]*'))
+        expected = estimate_case(one.label.shape, one.geometry.spacing, plans, ('2d', '3d_fullres'))
+        assert written <= expected.disk and expected.memory > one.image.nbytes and expected.seconds > 0
+
+
+def test_the_cascade_reads_the_files_of_full_resolution(task, tmp_path):
+    dataset, plans = task
+    full = plans.configuration('3d_fullres')
+    low = replace(full, name='3d_lowres', spacing=tuple(1.5 * mm for mm in full.spacing))
+    cascade = replace(full, name='3d_cascade_fullres', previous_stage='3d_lowres')
+    plans = replace(plans, configurations={'3d_lowres': low, '3d_fullres': full, '3d_cascade_fullres': cascade})
+    assert preprocess_dataset(dataset, plans, tmp_path, list(plans.configurations), n_workers=0) == dataset.cases
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['3d_fullres', '3d_lowres', 'gt_segmentations']
+    assert preprocessing_identity(plans, '3d_cascade_fullres') == preprocessing_identity(plans, '3d_fullres')
+    out = tmp_path/'low'
+    out.mkdir()
+    rng = np.random.default_rng(1)
+    for c, one in load_preprocessed(tmp_path/'3d_lowres').items(): np.save(out/f'{c}.npy', rng.random((3, *one.seg.shape)).astype(np.float32))
+    assert preprocess_previous_stage(out, tmp_path, plans) == dataset.cases
+    for one in load_preprocessed(tmp_path/'3d_fullres').values(): assert one.previous.shape == one.seg.shape
