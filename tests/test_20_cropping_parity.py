@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from segnb.cropping import CropBox, CroppingError, bounding_box, crop_to_nonzero, nonzero_box, nonzero_mask, uncrop
+from segnb.cropping import CropBox, CroppingError, bounding_box, crop_to_nonzero, fill_holes, nonzero_box, nonzero_mask, uncrop
 
 with np.load(Path(__file__).parent/'recorded'/'20_cropping.npz') as file: RECORDED = {k: file[k] for k in file.files}
 NAMES = sorted({k.split('/')[0] for k in RECORDED if k.endswith('/data')})
@@ -75,3 +75,49 @@ def test_a_box_travels_as_json_and_pickle():
     box = CropBox([[1, 4], [0, 2], [5, 6]])
     assert CropBox(json.loads(json.dumps(box))) == box == pickle.loads(pickle.dumps(box))
     assert box.shape == (3, 2, 1) and type(pickle.loads(pickle.dumps(box))) is CropBox
+
+
+@pytest.mark.parametrize('seed', range(30))
+@pytest.mark.parametrize('density', [.02, .5, .9, .99, 1.])
+def test_holes_filled_by_runs_are_those_of_scipy(seed, density):
+    from scipy.ndimage import binary_fill_holes
+    rng = np.random.default_rng(seed)
+    for shape in (rng.integers(1, 25, 3), (1, 1, rng.integers(1, 9)), (rng.integers(1, 9), 1, 5)):
+        mask = rng.random(shape) < density
+        before = mask.copy()
+        assert same(fill_holes(mask), binary_fill_holes(before)) and same(mask, before)
+
+
+def test_a_shell_with_a_tunnel_is_no_hole():
+    shell = np.ones((7, 8, 9), bool)
+    shell[1:-1, 1:-1, 1:-1] = False
+    assert fill_holes(shell).all()
+    for at in ((0, 3, 3), (3, 0, 3), (3, 3, 0), (6, 3, 3), (3, 7, 3), (3, 3, 8)):
+        open_ = shell.copy(); open_[at] = False
+        assert same(fill_holes(open_), open_), at
+    corner = shell.copy(); corner[0, 0, 0] = False # corners do not connect
+    assert fill_holes(corner).sum() == corner.size - 1
+
+
+@pytest.mark.parametrize('seed', range(40))
+def test_the_box_without_the_mask(seed):
+    data = sparse(np.random.default_rng(seed))
+    for view in (data, data[:, ::-1], data.transpose(0, 3, 1, 2), data.astype(np.int16) + (data != 0), data != 0):
+        if (view != 0).any(): assert nonzero_box(view) == bounding_box((view != 0).any(axis=0))
+    data[:] = -0.; data[0, -1, -1, -1] = np.nan # minus zero is zero, NaN is not
+    assert nonzero_box(data).shape == (1, 1, 1)
+
+
+def test_a_view_instead_of_a_copy():
+    data = sparse(np.random.default_rng(0))
+    full, seg, box = crop_to_nonzero(data)
+    view, seg_, box_ = crop_to_nonzero(data, copy=False)
+    assert same(view, full) and same(seg, seg_) and box == box_ and np.shares_memory(view, data) and not np.shares_memory(full, data)
+
+
+def test_memory_of_a_crop():
+    import tracemalloc
+    data = np.ones((1, 40, 128, 128), np.float32); data[0, 20, 64, 64] = 0 # a CT: full faces, a zero within
+    tracemalloc.start(); box = nonzero_box(data); scan = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    tracemalloc.start(); crop_to_nonzero(data, copy=False); crop = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
+    assert box.shape == data.shape[1:] and scan < .1 * data[0].size and crop < 6 * data[0].size, (scan, crop)
