@@ -12,6 +12,7 @@ import os, re, shutil, uuid
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
+from fastcore.basics import patch
 from .image import IMAGE_ENDINGS, PAIRS, PICTURES, Geometry, ImageError, SegnbError, image_ending, read_image, read_label_map, split_4d
 from .labels import LabelError, Labels, count_labels
 from .workers import check_writable, parallel_map, read_json, write_json
@@ -55,7 +56,8 @@ def _channel_files(folder, case, n_channels, ending):
 def _listing(folder, ending=None):
     "Map the names of image files in a folder to their stems, hidden ones left out; folders count where any ending does"
     found = {p.name: _stem(p.name, ending) for p in sorted(Path(folder).glob('*')) if not p.name.startswith('.')}
-    return {n: n if stem is None else stem for n, stem in found.items() if stem is not None or not ending and Path(folder, n).is_dir()}
+    return {n: n if stem is None else stem for n, stem in found.items()
+            if stem is not None or not ending and re.search(r'_\d{4}$', n) and Path(folder, n).is_dir()}
 
 # %% ../nbs/14_dataset.ipynb #28266942
 def find_cases(
@@ -152,29 +154,33 @@ class Description:
         self.channels = _channels(self.json, file)
         self.labels = Labels.from_dict(self.json, file)
         self.file_ending = _key(self.json, file, ('file_ending',), str, '.nii.gz')
+        self.header = _key(self.json, file, ('header',), str, 'refuse')  # what to believe of contradictory NIfTI headers
         self.references = {}  # {case: (image files, label file)} of cases that dataset.json places elsewhere
         self.cases = self._cases('dataset' if 'dataset' in self.json else 'training', file)
         self.test_cases = self._cases('test', file)
 
-    def _cases(self, key, file):
-        "List cases from dataset.json, or from the folder where dataset.json does not"
-        if isinstance(self.json.get(key), dict) and key != 'training':  # v2 places files anywhere; a test set may, too
-            placed = _references(self.json[key], file, len(self.channels), key == 'dataset')
-            self.references = placed | self.references
-            return tuple(placed)
-        if key in self.json: return _identifiers(_key(self.json, file, (key,), dict if key == 'dataset' else list), file, self.file_ending)
-        declared = self.file_ending if 'file_ending' in self.json else None
-        if key == 'training':
-            found = _listing(self.folder/'labelsTr', declared) or _listing(self.folder/'labelsTr')
-            return tuple(sorted(set(found.values())))
-        tests = self.folder/'imagesTs'
-        return tuple(find_cases(tests, len(self.channels), declared)) if _listing(tests, declared) else ()
-
-    def __repr__(self):
-        return (f'{self.name}: {len(self.cases)} cases, {len(self.test_cases)} to predict; '
-                f'channels {", ".join(self.channels)}; labels {self.labels.names}')
-
 # %% ../nbs/14_dataset.ipynb #937c3d35
+@patch
+def _cases(self:Description, key, file):
+    "List cases from dataset.json, or from the folder where dataset.json does not"
+    if isinstance(self.json.get(key), dict) and key != 'training':  # v2 places files anywhere; a test set may, too
+        placed = _references(self.json[key], file, len(self.channels), key == 'dataset')
+        self.references = placed | self.references
+        return tuple(placed)
+    if key in self.json: return _identifiers(_key(self.json, file, (key,), dict if key == 'dataset' else list), file, self.file_ending)
+    declared = self.file_ending if 'file_ending' in self.json else None
+    if key == 'training':
+        found = _listing(self.folder/'labelsTr', declared) or _listing(self.folder/'labelsTr')
+        return tuple(sorted(set(found.values())))
+    tests = self.folder/'imagesTs'
+    return tuple(find_cases(tests, len(self.channels), declared)) if _listing(tests, declared) else ()
+
+@patch
+def __repr__(self:Description):
+    return (f'{self.name}: {len(self.cases)} cases, {len(self.test_cases)} to predict; '
+            f'channels {", ".join(self.channels)}; labels {self.labels.names}')
+
+# %% ../nbs/14_dataset.ipynb #ef69b0c0
 class Dataset(Description):
     "Give the cases of a raw data set: dataset.json beside imagesTr, labelsTr and perhaps imagesTs"
     def image_files(self,
@@ -199,11 +205,11 @@ class Dataset(Description):
         if case not in self.cases and case not in self.test_cases:
             raise DatasetError('there is no such case', case=case, file=self.folder, found=f'{len(self.cases)} cases: {", ".join(self.cases[:5])}, ...')
         files = self.image_files(case)
-        image, geometry = read_image(files)
+        image, geometry = read_image(files, header=self.header)
         if len(image) != len(self.channels):
             raise DatasetError('wrong number of channels', case=case, file=files[0], found=len(image), expected=f'{len(self.channels)}: {", ".join(self.channels)}')
         if case not in self.cases: return Case(case, image, None, geometry, tuple(files))
-        label, grid = read_label_map(label_file := self.label_file(case))
+        label, grid = read_label_map(label_file := self.label_file(case), header=self.header)
         if grid.shape != geometry.shape:
             raise DatasetError('label map and image differ in shape', case=case, file=label_file, found=grid.shape, expected=geometry.shape)
         return Case(case, image, self.labels.encode(label, case, label_file), geometry, tuple(files))
@@ -217,9 +223,9 @@ def _voxel_findings(case, file, image):
     return [str(DatasetError('voxels that are not numbers', case=case, file=file, expected='finite values', fix='replace them, for instance by the value of air',
                              found=f'{len(at)} NaN or infinite, the first at (z, y, x) = {tuple(int(i) for i in at[0][1:])}'))]
 
-def _read_findings(case, file, read, first):
+def _read_findings(case, file, read, header, first):
     "Read one file of a case, once: (array or None, geometry, findings); `first` is (file, geometry) of the first image"
-    try: array, geometry = read(file)
+    try: array, geometry = read(file, header=header)
     except ImageError as e: return None, None, [f'case {case}, {e}']
     apart = geometry.differences(first[1]) if first else []
     return array, geometry, [str(DatasetError('not on the grid of the first channel', case=case, file=file, found=d, expected=f'as {first[0].name}',
@@ -232,7 +238,7 @@ def _image_findings(dataset, case, expected):
         if not file.exists():
             out.append(str(DatasetError('a file is missing', case=case, file=file, expected=f'channel {i} ({dataset.channels[i]})')))
             continue
-        image, geometry, wrong = _read_findings(case, file, read_image, first)
+        image, geometry, wrong = _read_findings(case, file, read_image, dataset.header, first)
         out += wrong
         if image is None: continue
         first = first or (file, geometry)
@@ -255,7 +261,7 @@ def _case_findings(job):
     if not label: return out
     if not label.exists():
         return out + [str(DatasetError('the label map is missing', case=case, file=label, fix='add it, or take the case out of dataset.json'))]
-    values, _, wrong = _read_findings(case, label, read_label_map, first)
+    values, _, wrong = _read_findings(case, label, read_label_map, dataset.header, first)
     out += wrong
     if values is not None:
         try: dataset.labels.check(values, case, label)
@@ -326,17 +332,23 @@ class Conversion:
                 for part, cases in (('Tr', self.train), ('Ts', self.test)) for case, (images, _) in cases.items()}
 
     def __repr__(self):
+        def short(file): return os.path.relpath(file, self.source)
         links, writes = self.links(), self.writes()
-        names = ', '.join(_channels(self.json, self.out)), ', '.join(f'{v} {n}' for n, v in _label_table(self.json))
-        lines = [f'{self.source} -> {self.out}', f'  {len(self.train)} training cases, {len(self.test)} to predict; channels {names[0]}; labels {names[1]}',
-                 f'  {len(links)} links', *_first(f'{target} -> {file}' for target, file in links.items())]
-        if writes: lines += [f'  {sum(map(len, writes.values()))} files written', *_first(f'{", ".join(targets)} from {file}' for file, targets in writes.items())]
+        lines = [f'from {self.source}', f'to   {self.out}', f'  {len(self.train)} training cases, {len(self.test)} to predict',
+                 '  channels ' + ', '.join(_channels(self.json, self.out)), '  labels ' + ', '.join(f'{n} {v}' for n, v in _label_table(self.json)),
+                 f'  {_count(len(links), "link")}', *_first(f'{target} -> {short(file)}' for target, file in links.items())]
+        if writes: lines += [f'  {_count(sum(map(len, writes.values())), "file")} written',
+                             *_first(f'{targets[0]} ... {targets[-1][-11:]} from {short(file)}' for file, targets in writes.items())]
         return '\n'.join([*lines, *(f'  note: {n}' for n in self.notes)])
 
 # %% ../nbs/14_dataset.ipynb #986d80f0
 def _suffix(file):
     "The image ending of a file, in small letters; nothing for a DICOM folder"
     return '' if file.is_dir() else image_ending(file.name).lower()
+
+def _count(n, thing):
+    "1 link, 2 links"
+    return f'{n} {thing}' + 's' * (n != 1)
 
 def _first(lines, n=4):
     "The first few of many lines, indented"
@@ -351,9 +363,10 @@ def _label_table(json):
 def _link(file, target, how):
     "Make `target` another name of `file`: a symbolic link, else a hard link; False where neither is wanted or possible"
     if how == 'reference' or file.name.lower().endswith(PAIRS): return False  # a header names its voxel file beside it
-    for make in {'auto': (os.symlink, os.link), 'symlink': (os.symlink,), 'hardlink': (os.link,)}[how]:
+    for make in {'auto': ('symlink', 'hardlink')}.get(how, (how,)):
         try:
-            make(os.path.abspath(file), target)
+            if make == 'symlink': os.symlink(os.path.abspath(file), target, target_is_directory=file.is_dir())
+            else: os.link(os.path.realpath(file), target)
             return True
         except (OSError, NotImplementedError): continue
     return False
@@ -419,7 +432,7 @@ def _target(out, name):
 def _junk(folder):
     "A note about hidden files, which are passed over"
     hidden = sorted(f.name for f in Path(folder).rglob('._*'))
-    return [f'{len(hidden)} hidden files passed over, such as {hidden[0]}'] if hidden else []
+    return [f'{_count(len(hidden), "hidden file")} passed over, such as {hidden[0]}'] if hidden else []
 
 # %% ../nbs/14_dataset.ipynb #75b3efad
 def convert_decathlon(
@@ -541,7 +554,7 @@ def _tokens(channels, found, pattern):
     if '{channel}' not in pattern:
         if len(names) == 1: return {None: names[0]}
         raise DatasetError('several channels need {channel} in the pattern', found=pattern)
-    if set(found) <= set(names): return {n: n for n in names}
+    if set(found) & set(names): return {n: n for n in names}
     if len(found) == len(names) and all(t.isdigit() for t in found): return dict(zip(sorted(found, key=int), names))
     raise DatasetError('the channels do not fit the file names', **told)
 
@@ -550,6 +563,7 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
     "Match images and label maps: (train, test, channel names, notes); raises DatasetError listing every file without partner"
     for folder in (images, labels):
         if not folder.is_dir(): raise DatasetError('there is no such folder', file=folder)
+    if unlabelled not in ('refuse', 'test'): raise DatasetError('no such choice for unlabelled', found=unlabelled, expected='refuse or test')
     truth, rest = _fits(labels, label_pattern)
     found, other = _fits(images, pattern, channels if isinstance(channels, dict) else None)
     if images.resolve() == labels.resolve():  # what fits both patterns belongs to the one that says more
@@ -561,15 +575,16 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
     tokens = _tokens(channels, sorted({t for _, t in found if t is not None}), pattern)
     wrong = [f'several files for case {c}' + f', channel {t}' * (t is not None) + ': ' + ', '.join(f.name for f in fs)
              for (c, t), fs in [*found.items(), *truth.items()] if len(fs) > 1]
-    cases, known = sorted({c for c, _ in found}), {c: fs[0] for (c, _), fs in truth.items()}
+    unused = [f for (_, t), fs in found.items() if t not in tokens for f in fs]
+    cases, known = sorted({c for c, t in found if t in tokens}), {c: fs[0] for (c, _), fs in truth.items()}
     wrong += [f'case {c}: no file for channel {t}' + f' ({n})' for c in cases for t, n in tokens.items() if (c, t) not in found]
     wrong += [f'{f.name}: no image of case {c}' for c, f in known.items() if c not in cases]
-    if unlabelled == 'refuse': wrong += [f'{found[c, t][0].name}: no label map of case {c}' for c in cases for t in [next(k[1] for k in found if k[0] == c)] if c not in known]
+    if unlabelled == 'refuse': wrong += [f'case {c}: no label map that fits {label_pattern}' for c in cases if c not in known]
     if not cases: wrong.append(f'no file in {images} fits {pattern}')
     if wrong: raise _listed('images and label maps do not pair', images, wrong)
     both = {c: ([found[c, t][0] for t in tokens], known.get(c)) for c in cases}
-    aside = sorted({f.name for f in [*rest, *other]})
-    notes = [f'{len(aside)} files fit no pattern, such as {aside[0]}'] if aside else []
+    aside = sorted({f.name for f in [*rest, *other, *unused]})
+    notes = [f'{_count(len(aside), "file")} not used, such as {aside[0]}'] if aside else []
     return {c: v for c, v in both.items() if v[1]}, {c: v for c, v in both.items() if not v[1]}, list(tokens.values()), notes + _junk(images)
 
 # %% ../nbs/14_dataset.ipynb #875e15f6

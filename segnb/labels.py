@@ -175,7 +175,7 @@ class Labels(LabelNames):
         if m.dtype.kind == 'b': m = m.view(np.uint8)
         if m.dtype.kind in 'iu' and (not m.size or 0 <= m.min() and m.max() < len(table)):
             if self._same: return m
-            if not m.size or (out := np.take(table, m)).min() >= 0: return out if m.size else m.astype(np.int16)
+            if not m.size or (out := table[m]).min() >= 0: return out if m.size else m.astype(np.int16)
         self._refuse(m, case, file)
 
     def check(self,
@@ -210,7 +210,7 @@ def decode(self:Labels,
     low, high = int(m.min()), int(m.max())
     if low < -1 or high > len(table) - 2:
         raise LabelError('class indices that do not exist', found=f'{low} to {high}', expected=f'-1 to {len(table) - 2}')
-    return m.astype(table.dtype, copy=False) if self._same and low >= 0 else np.take(table, m)
+    return m.astype(table.dtype, copy=False) if self._same and low >= 0 else table[m]
 
 # %% ../nbs/12_labels.ipynb #75efa3bd
 @patch

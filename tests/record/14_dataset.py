@@ -2,10 +2,11 @@
 
 Needs Python 3.11 with nnunet==1.7.1 and the versions in tests/record/README.md.
 Usage, from the project root: python tests/record/14_dataset.py
-Writes tests/recorded/14_dataset.json: per fault, the type of what verify_dataset_integrity raises (null: it passes) and the start of its text.
+Writes tests/recorded/14_dataset.json: per fault, the type of what verify_dataset_integrity raises (null: it passes) and the start of its text;
+and per file that split_4d makes of a small Decathlon task, its shape, geometry and a hash of its voxels.
 The faults are made by `spoil`, which tests/test_14_dataset.py imports from here.
 """
-import contextlib, io, json, os, shutil, tempfile
+import contextlib, hashlib, io, json, os, shutil, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -36,6 +37,48 @@ def make(folder, ending='.nii.gz'):
                    'training': [{'image': f'./imagesTr/c{i}{ending}', 'label': f'./labelsTr/c{i}{ending}'} for i in range(3)], 'test': [f'./imagesTs/c3{ending}']}
     (folder/'dataset.json').write_text(json.dumps(description))
     return folder
+
+
+def decathlon(folder):
+    "A small Decathlon task: two training cases and one to predict, three channels along the fourth axis, lying obliquely"
+    rng = np.random.default_rng(SEED)
+    for part in ('imagesTr', 'labelsTr', 'imagesTs'): (folder/part).mkdir(parents=True)
+    c, s = np.cos(.3), np.sin(.3)
+    for i in range(3):
+        channels = []
+        for _ in range(3):
+            channels.append(sitk.GetImageFromArray(rng.normal(100, 20, (5, 9, 8)).astype(np.float32)))
+            channels[-1].SetSpacing((.8, .7, 2.5)); channels[-1].SetOrigin((1., -2., 3.)); channels[-1].SetDirection((c, -s, 0., s, c, 0., 0., 0., 1.))
+        sitk.WriteImage(sitk.JoinSeries(channels), str(folder/('imagesTr' if i < 2 else 'imagesTs')/f'p_{i}.nii.gz'))
+        if i == 2: continue
+        label = sitk.GetImageFromArray((rng.random((5, 9, 8)) > .7).astype(np.uint8))
+        label.CopyInformation(channels[0])
+        sitk.WriteImage(label, str(folder/'labelsTr'/f'p_{i}.nii.gz'))
+    description = {'name': 'Small', 'modality': {'0': 'T1', '1': 'T2', '2': 'FLAIR'}, 'labels': {'0': 'background', '1': 'organ'}, 'licence': 'none',
+                   'training': [{'image': f'./imagesTr/p_{i}.nii.gz', 'label': f'./labelsTr/p_{i}.nii.gz'} for i in range(2)], 'test': ['./imagesTs/p_2.nii.gz']}
+    (folder/'dataset.json').write_text(json.dumps(description))
+    return folder
+
+
+def seen(folder):
+    "Of every image below a folder: shape, geometry, hash of the voxels"
+    out = {}
+    for file in sorted(folder.rglob('*.nii.gz')):
+        image = sitk.ReadImage(str(file))
+        voxels = np.ascontiguousarray(sitk.GetArrayFromImage(image), np.float32)
+        out[file.relative_to(folder).as_posix()] = [list(voxels.shape), [round(v, 5) for v in (*image.GetSpacing(), *image.GetOrigin(), *image.GetDirection())],
+                                                    hashlib.sha256(voxels.tobytes()).hexdigest()[:16]]
+    return out
+
+
+def converted():
+    "What the original makes of the Decathlon task"
+    from nnunet.experiment_planning import utils
+    with tempfile.TemporaryDirectory() as folder:
+        utils.nnUNet_raw_data = folder + '/raw'
+        os.makedirs(utils.nnUNet_raw_data)
+        utils.split_4d(str(decathlon(Path(folder)/'Task03_Small')), 1)
+        return {'folder': os.listdir(utils.nnUNet_raw_data), 'files': seen(Path(utils.nnUNet_raw_data)/'Task003_Small')}
 
 
 def changed(file, change):
@@ -114,7 +157,7 @@ def main():
                 with contextlib.redirect_stdout(said): verify_dataset_integrity(str(data))
                 verdicts[name] = None
             except Exception as e: verdicts[name] = [type(e).__name__, str(e).replace(folder, '...').strip().split('\n')[0][:90]]
-    out = dict(command='python tests/record/14_dataset.py', versions=[f'{p} {version(p)}' for p in ('nnunet', 'numpy', 'SimpleITK')], verdicts=verdicts)
+    out = dict(command='python tests/record/14_dataset.py', versions=[f'{p} {version(p)}' for p in ('nnunet', 'numpy', 'SimpleITK')], verdicts=verdicts, decathlon=converted())
     OUT.write_text(json.dumps(out, indent=1) + '\n')
     for name, verdict in verdicts.items(): print(f'{name:32}{verdict}')
 
