@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'IMAGE_ENDINGS', 'SPACING_2D', 'PAIRS', 'AGREES', 'SegnbError', 'ImageError', 'Geometry', 'whole_file',
            'image_ending', 'read_geometry', 'header_findings', 'read_image', 'read_label_map', 'write_image',
-           'split_4d', 'write_label_map']
+           'write_label_map', 'split_4d']
 
 # %% ../nbs/10_image.ipynb #2db4fd24
 import contextlib, gzip, itertools, os, re, struct, uuid, warnings, zlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import SimpleITK as sitk
-try: from isal import isal_zlib as fast_zlib  # unpacks more than twice as fast
+try: from isal import isal_zlib as fast_zlib  # unpacks about twice as fast
 except ImportError: fast_zlib = zlib
 
 # %% ../nbs/10_image.ipynb #6af6023a
@@ -170,6 +170,10 @@ def _scale(h):
     "Give mm per unit of the header"
     return {1: 1e3, 3: 1e-3}.get(h.units & 7, 1.)
 
+def _pixdim(h):
+    "Give the three sizes of a voxel as stored; 1 where there is no number"
+    return [p if np.isfinite(p) and p else 1. for p in h.pixdim[1:4]]
+
 def _qform(h):
     "Turn quaternion, pixdim and offset into a 3 by 4 affine, in the arithmetic of the NIfTI library"
     b, c, d, *offset = (v if np.isfinite(v) else 0. for v in h.qform)
@@ -185,10 +189,7 @@ def _qform(h):
                      [2*(b*d - a*c)*x, 2*(c*d + a*b)*y, (a*a + d*d - c*c - b*b)*z, offset[2]]])
     return rows.astype(np.float32).astype(float) if h.size == 348 else rows
 
-def _pixdim(h):
-    "Give the three sizes of a voxel as stored; 1 where there is no number"
-    return [p if np.isfinite(p) and p else 1. for p in h.pixdim[1:4]]
-
+# %% ../nbs/10_image.ipynb #8f87651b
 def _upright(affine):
     "Make the columns of an affine orthogonal, as little changed as possible and each as long as before"
     steps, length = affine[:, :3], np.sqrt((affine[:, :3]**2).sum(0))
@@ -270,6 +271,7 @@ def _as_simpleitk(h, file, qform=None, sform=None):
         return np.abs(np.subtract((*direction.ravel(), *origin), theirs)).max()
     return min((sform, qform), key=off)
 
+# %% ../nbs/10_image.ipynb #e3ea4401
 def _columns(affine, n=3):
     "Give the direction of an affine in the world of SimpleITK: its columns at length 1, x and y turned"
     steps = affine[:n, :n] * np.array([-1., -1., 1.])[:n, None]
@@ -315,7 +317,7 @@ def _fill(flat, pieces, stored, slope, inter):
 
 def _head(pieces, n, head=b''):
     "Take pieces until `n` bytes are there, if there are as many"
-    while len(head) < n and (piece := next(pieces, b'')): head += piece
+    while len(head) < n and (piece := next(pieces, None)) is not None: head += piece
     return head
 
 def _read_nifti(file, kind=None, header='refuse', split=False):
@@ -339,7 +341,58 @@ def _read_nifti(file, kind=None, header='refuse', split=False):
     if has < needs: raise ImageError('the file is cut short', found=f'{has} bytes', expected=f'{needs} bytes', **told)
     return (np.moveaxis(flat.reshape(*geometry.shape, values), 3, 0) if values > 1 else flat.reshape(channels, *geometry.shape)), geometry
 
-# %% ../nbs/10_image.ipynb #81c8b76e
+# %% ../nbs/10_image.ipynb #2805b55f
+def _scan_png(b):
+    "Look into a PNG: bytes it must have (its reader sees to that itself), and whether Pillow must read it"
+    return 0, len(b) > 25 and b[25] in (3, 4), b[24:26] == b'\x10\4' and 'grey with transparency in 16 bits'
+
+def _scan_bmp(b):
+    "Look into a BMP: bytes it must have, whether Pillow must read it (grey or palette, where SimpleITK makes colours), what is wrong"
+    start, header, width, height, _, bits, packed, size = struct.unpack_from('<IIiiHHII', b, 10)
+    return size + start if packed in (1, 2) else start + (abs(width) * bits + 31) // 32 * 4 * abs(height), bits <= 8, False
+
+def _scan_jpeg(b):
+    "Look into a JPEG: the end mark must be there"
+    return 0 if b.rfind(b'\xff\xd9') > len(b) // 2 else len(b) + 2, False, False
+
+def _scan(file):
+    "Refuse a picture that is damaged or ends early, which SimpleITK would read; say whether Pillow must read it"
+    ending, told = image_ending(file).lower(), dict(file=file, fix='copy or download it again')
+    if ending not in PICTURES: return False
+    b = file.read_bytes()
+    try: needs, special, odd = {'.png': _scan_png, '.bmp': _scan_bmp}.get(ending, _scan_tiff if 'tif' in ending else _scan_jpeg)(b)
+    except (struct.error, KeyError, IndexError, ZeroDivisionError) as e: raise ImageError('the file is damaged or cut short', found=e, **told) from None
+    if len(b) < needs: raise ImageError('the file is cut short', found=f'{len(b)} bytes', expected=f'{needs} bytes', **told)
+    if odd: raise ImageError('a kind of picture that cannot be read without loss', file=file, found=odd, fix='save it as a plain grey or RGB picture')
+    if ending in ('.jpg', '.jpeg'): warnings.warn('JPEG is lossy: it smears edges; use PNG or TIFF from the source where you can', stacklevel=5)
+    return special
+
+# %% ../nbs/10_image.ipynb #7e802897
+def _scan_tiff(b):
+    "Look into a TIFF: the last byte that its directories name, whether Pillow must read it (palette, single bits), what is wrong"
+    end, big = '<' if b[:2] == b'II' else '>', b[2:4] in (b'+\0', b'\0+')
+    one, many, entry = ('Q', 'Q', 20) if big else ('I', 'H', 12)
+    room, bytes_of = struct.calcsize(one), (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)  # by type of value
+    def number(kind, at): return struct.unpack_from(end + kind, b, at)[0]
+    def values(tag):
+        kind, count, value = tags[tag]
+        return struct.unpack_from(f'{end}{count}{ {1: "B", 3: "H", 4: "I", 16: "Q"}[kind] }', b, value)
+    last, at, pages, tags = 8, number(one, 8 if big else 4), 0, {}
+    while at:
+        n, first, tags = number(many, at), at + struct.calcsize(many), {}
+        for p in range(first, first + n * entry, entry):
+            kind, count, value = number('H', p + 2), number(one, p + 4), p + 4 + room
+            if count * bytes_of[kind] > room: value = number(one, value)  # too long to stand in the entry
+            tags[number('H', p)] = kind, count, value
+            last = max(last, value + count * bytes_of[kind])
+        starts, sizes = [values(t) for t in ((273, 279) if 273 in tags else (324, 325))]  # strips or tiles
+        at, pages = number(one, first + n * entry), pages + 1
+        last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
+    colours, bits, packing = (values(t)[0] if t in tags else other for t, other in ((262, 1), (258, 1), (259, 1)))
+    odd = f'colours of kind {colours} (inks, or no RGB)' if colours in (5, 8, 9, 10) else f'{pages} pages with a palette' if colours == 3 and pages > 1 else False
+    return last, colours == 3 or bits == 1, odd
+
+# %% ../nbs/10_image.ipynb #0673b912
 def _open(file):
     "Let SimpleITK read the header of a file, or raise ImageError naming it"
     reader = sitk.ImageFileReader()
@@ -352,11 +405,14 @@ def _open(file):
 def _itk_geometry(reader, file):
     "Turn a SimpleITK header round to (z, y, x), once; a fourth axis is left out"
     size, spacing, origin, direction = reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
+    if not (min(spacing[:3]) > 0 and np.isfinite((*spacing[:3], *origin, *direction)).all()):
+        raise ImageError('the header does not place the voxels', file=file, found=f'spacing {spacing}, origin {origin}', expected='sizes above 0, finite numbers', fix='correct the header')
     if len(size) == 2: grid = _flat(size, spacing, origin, direction)
     else: grid = Geometry(spacing[2::-1], origin[:3], np.reshape(direction, (len(size), -1))[:3, :3].ravel().tolist(), size[2::-1])
     if image_ending(file).lower() in PICTURES: grid = replace(grid, spacing=(SPACING_2D if grid.shape[0] == 1 else 1., 1., 1.))
     return grid
 
+# %% ../nbs/10_image.ipynb #af94f927
 def _grid_findings(grid):
     "List what is wrong with the axes of a grid: [(voxels, sentence)]"
     steps = np.reshape(grid.direction, (3, 3))
@@ -381,64 +437,12 @@ def _parts(file, size, parts, alpha, split):
         raise ImageError('wrong number of axes', file=file, found=f'size {tuple(size)} (x, y, z, ...)', expected='2 or 3 axes',
                          fix='store each channel or time point as a 3D file of its own: split_4d does it; or read them as channels with split=True')
     if parts in (1, 3) or split and len(size) > 2: return parts
-    clear = parts in (2, 4)
+    clear = parts in (2, 4) and image_ending(file).lower() not in ('.nrrd', '.nhdr', '.mha', '.mhd')
     if clear and alpha == 'drop':
         warnings.warn(f'{Path(file).name}: transparency left out', stacklevel=5)
         return parts - 1
     raise ImageError('wrong number of values per voxel', file=file, found=f'{parts} (with transparency?)' if clear else parts, expected='1 (grey) or 3 (colour)',
-                     fix="save it without the transparency channel, or leave that out with alpha='drop'" if clear else 'store each channel as a file of its own')
-
-# %% ../nbs/10_image.ipynb #2805b55f
-def _scan_png(b):
-    "Look into a PNG: bytes it must have (its reader sees to that itself), and whether Pillow must read it"
-    return 0, len(b) > 25 and b[25] in (3, 4), b[24:26] == b'\x10\4' and 'grey with transparency in 16 bits'
-
-def _scan_bmp(b):
-    "Look into a BMP: bytes it must have, whether Pillow must read it (grey or palette, where SimpleITK makes colours), what is wrong"
-    start, header, width, height, _, bits, packed, size = struct.unpack_from('<IIiiHHII', b, 10)
-    return size + start if packed in (1, 2) else start + (abs(width) * bits + 31) // 32 * 4 * abs(height), bits <= 8, False
-
-def _scan_jpeg(b):
-    "Look into a JPEG: the end mark must be there"
-    return 0 if b.rfind(b'\xff\xd9') > len(b) // 2 else len(b) + 2, False, False
-
-def _scan_tiff(b):
-    "Look into a TIFF: the last byte that its directories name, whether Pillow must read it (palette, single bits), what is wrong"
-    end, big = '<' if b[:2] == b'II' else '>', b[2:4] in (b'+\0', b'\0+')
-    one, many, entry = ('Q', 'Q', 20) if big else ('I', 'H', 12)
-    room, bytes_of = struct.calcsize(one), (1, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 8, 8, 8, 8, 8)  # by type of value
-    def number(kind, at): return struct.unpack_from(end + kind, b, at)[0]
-    def values(tag):
-        kind, count, value = tags[tag]
-        return struct.unpack_from(f'{end}{count}{ {1: "B", 3: "H", 4: "I", 16: "Q"}[kind] }', b, value)
-    last, at, pages = 8, number(one, 8 if big else 4), 0
-    while at:
-        n, first, tags = number(many, at), at + struct.calcsize(many), {}
-        for p in range(first, first + n * entry, entry):
-            kind, count, value = number('H', p + 2), number(one, p + 4), p + 4 + room
-            if count * bytes_of[kind] > room: value = number(one, value)  # too long to stand in the entry
-            tags[number('H', p)] = kind, count, value
-            last = max(last, value + count * bytes_of[kind])
-        starts, sizes = [values(t) for t in ((273, 279) if 273 in tags else (324, 325))]  # strips or tiles
-        at, pages = number(one, first + n * entry), pages + 1
-        last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
-    colours, bits, packing = (values(t)[0] if t in tags else other for t, other in ((262, 1), (258, 1), (259, 1)))
-    odd = f'colours of kind {colours} (inks, or no RGB)' if colours in (5, 8, 9, 10) else f'{pages} pages with a palette' if colours == 3 and pages > 1 else False
-    return last, colours == 3 or bits == 1, odd
-
-_SCANS = {'.png': _scan_png, '.bmp': _scan_bmp, '.tif': _scan_tiff, '.tiff': _scan_tiff, '.jpg': _scan_jpeg, '.jpeg': _scan_jpeg}
-
-def _scan(file):
-    "Refuse a picture that is damaged or ends early, which SimpleITK would read; say whether Pillow must read it"
-    scan, told = _SCANS.get(image_ending(file).lower()), dict(file=file, fix='copy or download it again')
-    if not scan: return False
-    b = file.read_bytes()
-    try: needs, special, odd = scan(b)
-    except (struct.error, KeyError, IndexError, ZeroDivisionError) as e: raise ImageError('the file is damaged or cut short', found=e, **told) from None
-    if len(b) < needs: raise ImageError('the file is cut short', found=f'{len(b)} bytes', expected=f'{needs} bytes', **told)
-    if odd: raise ImageError('a kind of picture that cannot be read without loss', file=file, found=odd, fix='save it as a plain grey or RGB picture')
-    if scan is _scan_jpeg: warnings.warn('JPEG is lossy: it smears edges; use PNG or TIFF from the source where you can', stacklevel=5)
-    return special
+                     fix="save it without the transparency channel, or leave that out with alpha='drop'" if clear else 'store each channel as a file of its own, or read them with split=True')
 
 # %% ../nbs/10_image.ipynb #d23009f7
 def _read_special(file, alpha, labels):
@@ -483,7 +487,7 @@ def _series(folder, series):
         raise ImageError('a folder with several DICOM series' if series is None else f'not one DICOM series {series!r} in this folder', file=folder, found=told, fix='name one of them: series=its UID or its description')
     return found[known[0]]
 
-_TAGS = dict(position='0020|0032', axes='0020|0037', description='0008|103e', lossy='0028|2110')
+_TAGS = dict(position='0020|0032', axes='0020|0037', description='0008|103e', lossy='0028|2110', thickness='0018|0050')
 
 def _tags(file, *names):
     "Read some tags of a DICOM file: numbers where they are numbers, '' where absent"
@@ -494,6 +498,7 @@ def _tags(file, *names):
     for name in {'position', 'axes'} & {*out}: out[name] = np.array([float(v) for v in out[name].split('\\') if v.strip()])
     return out | dict(size=reader.GetSize(), spacing=reader.GetSpacing(), direction=reader.GetDirection(), origin=reader.GetOrigin(), parts=reader.GetNumberOfComponents())
 
+# %% ../nbs/10_image.ipynb #4e88b646
 def _stack(files, folder):
     "Order the slices of a DICOM series along their normal: files, Geometry, values per voxel, [(voxels, sentence)]"
     tags, found = [_tags(f) for f in files], []
@@ -501,7 +506,8 @@ def _stack(files, folder):
     if any(t['lossy'] == '01' for t in tags): warnings.warn(f'{Path(folder).name}: a DICOM series packed with loss', stacklevel=5)
     if len(files) == 1:
         reader = _open(files[0])
-        return files, _sound(_itk_geometry(reader, files[0]), folder), first['parts'], found
+        grid = _sound(_itk_geometry(reader, files[0]), folder)
+        return files, replace(grid, spacing=(float(first['thickness'] or grid.spacing[0]), *grid.spacing[1:])), first['parts'], found
     if any(len(t['position']) != 3 or len(t['axes']) != 6 for t in tags):
         raise ImageError('slices without a place: no ImagePositionPatient or ImageOrientationPatient', file=folder, fix='convert the series with a tool that knows this scanner')
     for name in ('size', 'spacing', 'axes', 'parts'):
@@ -522,6 +528,7 @@ def _stack(files, folder):
     size = first['size']
     return [files[i] for i in order], Geometry((mean, *first['spacing'][1::-1]), tuple(places[0]), axes.ravel().tolist(), (len(files), size[1], size[0])), first['parts'], found
 
+# %% ../nbs/10_image.ipynb #6c2ee08a
 def _even(found, folder):
     "Refuse a stack of slices that is no even volume"
     if max([size for size, _ in found], default=0) > AGREES:
@@ -696,6 +703,8 @@ def _write(array, geometry, file):
     file = Path(file)
     if array.shape[:3] != geometry.shape:
         raise ImageError('array and geometry disagree', file=file, found=f'array {array.shape[:3]}', expected=geometry.shape)
+    if image_ending(file).lower() in ('.jpg', '.jpeg', '.dcm'):
+        raise ImageError('JPEG is lossy, and DICOM is for scanners to write', file=file, fix='use .nii.gz, .nrrd, .mha, .png or .tif')
     if file.name.lower().endswith(PAIRS):
         raise ImageError('this format splits an image over two files', file=file, fix='use .nii.gz, .nrrd or .mha')
     if not file.parent.is_dir(): raise ImageError('the folder does not exist', file=file, fix='create it first')
@@ -726,6 +735,20 @@ def write_image(
                          expected='(Z, Y, X)', fix='write one file per channel')
     _write(np.moveaxis(array, 0, -1) if colour else array, geometry, file)
 
+# %% ../nbs/10_image.ipynb #60ee23fa
+def write_label_map(
+    labels,             # (Z, Y, X) whole numbers from 0 to 32767
+    geometry:Geometry,  # Where the voxels lie
+    file,               # Target; the ending chooses the format
+)->None:
+    "Write a label map as uint8, or uint16 when a label exceeds 255; raises ImageError naming the file"
+    labels = np.asarray(labels)
+    lowest, highest = (labels.min(), labels.max()) if labels.size else (0, 0)
+    whole = labels.dtype.kind in 'biu' or np.array_equal(labels, np.round(labels))
+    if not (whole and 0 <= lowest and highest <= 32767):
+        raise ImageError('labels must be whole numbers from 0 to 32767', file=file, found=f'values from {lowest} to {highest}')
+    _write(labels.astype(np.uint8 if highest < 256 else np.uint16), geometry, file)
+
 # %% ../nbs/10_image.ipynb #ef2a7533
 def split_4d(
     file,               # File with a fourth axis (NIfTI, NRRD, MHA)
@@ -743,17 +766,3 @@ def split_4d(
     if len(files) != len(array): raise ImageError('one file per channel is needed', file=file, found=f'{len(files)} names', expected=f'{len(array)} channels')
     for channel, target in zip(array, files): write_image(np.ascontiguousarray(channel), geometry, target)
     return tuple(files)
-
-# %% ../nbs/10_image.ipynb #60ee23fa
-def write_label_map(
-    labels,             # (Z, Y, X) whole numbers from 0 to 32767
-    geometry:Geometry,  # Where the voxels lie
-    file,               # Target; the ending chooses the format
-)->None:
-    "Write a label map as uint8, or uint16 when a label exceeds 255; raises ImageError naming the file"
-    labels = np.asarray(labels)
-    lowest, highest = (labels.min(), labels.max()) if labels.size else (0, 0)
-    whole = labels.dtype.kind in 'biu' or np.array_equal(labels, np.round(labels))
-    if not (whole and 0 <= lowest and highest <= 32767):
-        raise ImageError('labels must be whole numbers from 0 to 32767', file=file, found=f'values from {lowest} to {highest}')
-    _write(labels.astype(np.uint8 if highest < 256 else np.uint16), geometry, file)
