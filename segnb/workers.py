@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['OutputError', 'JsonError', 'WorkerError', 'WorkerWarning', 'default_workers', 'parallel_map', 'keyed_rng',
-           'write_json', 'read_json', 'check_writable', 'worthwhile_workers', 'Estimate', 'ResourceError', 'preflight']
+           'write_json', 'read_json', 'check_writable', 'remove_stale_parts', 'worthwhile_workers', 'Estimate',
+           'ResourceError', 'preflight']
 
 # %% ../nbs/13_workers.ipynb #52ad43f4
-import collections, contextlib, functools, hashlib, json, math, operator, os, pickle, re, shutil, signal, sys, tempfile, threading, time, warnings
+import collections, contextlib, functools, gc, hashlib, json, math, operator, os, pickle, re, shutil, signal, sys, tempfile, threading, time, warnings
 import multiprocessing, multiprocessing.connection, traceback as tracebacks
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,9 @@ def _leave_with_parent():
 
 def _start_worker():
     "Prepare a worker: Ctrl-C is the parent's, SIGTERM cleans up, no orphans, one BLAS thread"
+    global _starting
+    _starting = threading.Lock()  # the parent's was held while it forked
+    gc.freeze()                   # what came with the fork is not searched for garbage: that would copy its memory
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _stop_task)
     if sys.platform == 'linux':
@@ -172,17 +176,26 @@ def _refusal(error, step, name, tb=''):
     return error
 
 _HINTS = {-9: 'The system does this when memory runs out: use fewer workers, or free memory.',
+          'memory': 'Memory ran out: use fewer workers, or free memory.',
           143: 'Something outside asked it to end.', -15: 'Something outside asked it to end.'}
 _NEVER_BEGAN = ("it ended before it took a task. A script that starts workers needs `if __name__ == '__main__':`, "
                 'and what it sends to them must be importable')
 
+def _memory_kills():
+    "How many processes Linux has killed for want of memory since it started; 0 where it does not say"
+    with contextlib.suppress(OSError, ValueError):
+        words = Path('/proc/vmstat').read_text().split()
+        return int(words[words.index('oom_kill') + 1])
+    return 0
+
 def _death(code, step, name, need, held, free):
     "What a user reads of a dead worker"
-    how = f'was killed by {signal.Signals(-code).name}' if code < 0 else f'ended with exit code {code}'
+    how = 'was killed by the system' if code == 'memory' else 'went away' if code is None else \
+          f'was killed by {signal.Signals(-code).name}' if code < 0 else f'ended with exit code {code}'
     numbers = [f'needed about {_gb(need)}'] if need else []
     if held: numbers += [f'held {_gb(held)} when last seen', f'free {_gb(free)}']
     hint = _HINTS.get(code, 'A crash in compiled code looks like this: run with n_workers=0 to see where.')
-    return '; '.join([f'its worker {how} while {step} {name}', ', '.join(numbers)][:1 + bool(numbers)]) + f'. {hint}'
+    return f'its worker {how} while {step} {name}' + (f"; {', '.join(numbers)}" if numbers else '') + f'. {hint}'
 
 # %% ../nbs/13_workers.ipynb #9bec1b97
 _starting = threading.Lock()  # a process that starts in between would inherit the other end of a pipe, and hold it open
@@ -230,6 +243,7 @@ class _Worker:
         except (EOFError, OSError): raise EOFError from None  # also in the middle of a message
         if self.process.exitcode is not None: raise EOFError
 
+# %% ../nbs/13_workers.ipynb #45d716af
 def _halt(workers, grace=_GRACE, ask=True):
     "End these workers: ask them, or let them go, and kill those that are still there after `grace` seconds"
     try:
@@ -287,7 +301,7 @@ class _Crew:
     "Workers, and what became of their tasks"
     def __init__(self, fn, tasks, n_workers, names, step, context, memory, seed):
         self.tasks, self.n_workers, self.names, self.step, self.seed = tasks, n_workers, names, step, seed
-        self.queue, self.workers, self.results = _Queue(len(tasks), memory), [], {}
+        self.queue, self.workers, self.results, self.kills = _Queue(len(tasks), memory), [], {}, _memory_kills()
         self.start = lambda: _Worker(context, fn, self.workers)
 
     def fail(self, i, what, tb=''):
@@ -298,10 +312,11 @@ class _Crew:
     def died(self, worker):
         "Set the task of a dead worker aside; raises WorkerError if it died before"
         worker.process.join(1)
-        worker.pipe.close()
+        i, code, memory = worker.task, worker.process.exitcode, self.queue.memory
         self.workers.remove(worker)
-        i, code, memory = worker.task, worker.process.exitcode or 0, self.queue.memory
-        if not worker.began and code >= 0: raise self.fail(i, _NEVER_BEGAN)
+        _halt([worker], 0)
+        if not worker.began and code and code > 0: raise self.fail(i, _NEVER_BEGAN)
+        if code == -9 and _memory_kills() > self.kills: code = 'memory'
         what = _death(code, self.step, self.names[i], memory[i] if memory else 0, worker.rss, self.queue.free)
         if not self.queue.set_aside(i): raise self.fail(i, f'{what} It was tried again alone, and died again.')
         warnings.warn(f'{self.step}: {self.names[i]}: {what} It will be tried again alone.', WorkerWarning, stacklevel=4)
@@ -337,6 +352,7 @@ def _run(crew, bar):
         while len(crew.results) < len(crew.tasks):
             _assign(crew)
             busy = [w for w in crew.workers if w.task is not None]
+            if not bar.disable: bar.set_postfix_str(_short([crew.names[w.task] for w in busy], 3), refresh=False)
             multiprocessing.connection.wait([w.pipe for w in busy], .1)
             crew.queue.look(crew.workers)
             for w in busy:
@@ -394,7 +410,8 @@ def parallel_map(
         if given is not None and len(given) != len(tasks): raise ValueError(f'{len(given)} {what} for {len(tasks)} tasks')
     if seed is not None and len(set(names)) < len(names): raise ValueError('with a seed every task needs a name of its own')
     if n_workers is not None and n_workers < 0: raise ValueError(f'n_workers is {n_workers}; 0 (in this process) or more')
-    n_workers = min(default_workers() if n_workers is None else n_workers, len(tasks))
+    each = {} if not memory else {'bytes_each': max(1, int(min(memory)))}  # the budget sees to the large ones
+    n_workers = min(default_workers(**each) if n_workers is None else n_workers, len(tasks))
     hidden = {True: None, False: True, 'always': False}[progress]  # None: tqdm hides the bar unless stderr is a terminal
     with tqdm(total=len(tasks), desc=step, disable=hidden, file=sys.stderr) as bar:
         if n_workers == 0: return _in_process(fn, tasks, names, step, bar, seed)
@@ -467,76 +484,100 @@ def check_writable(
                           fix='free some, or choose another folder')
     return folder
 
+# %% ../nbs/13_workers.ipynb #538c0577
+def remove_stale_parts(
+    folder,           # Where files are made with `whole_file`; folders in it are not searched
+    name:str=None,    # Only parts of this file; None: of every file
+    hours:float=24.,  # Only parts that nobody wrote to for so long; 0 only if no other run can be at work here
+)->list:              # Paths of what was removed, sorted
+    "Remove what killed processes left of files that they had not finished"
+    folder = Path(folder)
+    parts = [p for p in folder.glob('.*') if re.fullmatch(r'\.[0-9a-f]{12}\.' + (re.escape(name) if name else '.+'), p.name)]
+    if not parts: return []
+    with tempfile.TemporaryFile(dir=folder) as probe: now = os.fstat(probe.fileno()).st_mtime  # of the file system: it may have its own clock
+    removed = []
+    for part in sorted(parts):
+        with contextlib.suppress(FileNotFoundError):  # another run may sweep too, or its writer has just finished
+            if part.is_symlink() or not part.is_file() or now - part.stat().st_mtime < hours*3600: continue
+            part.unlink()
+            removed.append(part)
+    return removed
+
 # %% ../nbs/13_workers.ipynb #2f48509c
-_POOL_SECONDS = {'fork': (.02, .01), 'forkserver': (1., .1), 'spawn': (1., .3)}  # to start a pool, and each of its workers
+_POOL_SECONDS = {'fork': (.02, .01), 'forkserver': (.3, .2), 'spawn': (.3, .3)}  # to start a pool, and each of its workers, s
 
 # %% ../nbs/13_workers.ipynb #334e3a1f
 def worthwhile_workers(
     seconds:float,         # What all tasks take in one process, s
     most:int=None,         # Workers that could be had; None: `default_workers()`
     start_method:str=None, # How they start; None: the platform's own
-)->int:                    # 0 where the work is done before a pool has paid for itself
+)->int:                    # 0 where the work is done before workers have paid for themselves; else 2 or more
     "Choose how many workers get this much work done first; 0: this process alone"
     most = default_workers() if most is None else most
     start, each = _POOL_SECONDS[start_method or multiprocessing.get_start_method()]
-    takes = [seconds] + [math.inf] + [start + n*each + seconds/n for n in range(2, most + 1)]
+    takes = [seconds, math.inf] + [start + n*each + seconds/n for n in range(2, most + 1)]
     return takes.index(min(takes))
 
+# %% ../nbs/13_workers.ipynb #73d5ef0c
 @dataclass(frozen=True)
 class Estimate:
     "What one task is expected to need"
-    memory:int       # Peak of the process, bytes
-    disk:int=0       # Of its results, bytes
+    memory:int       # Peak of its process, bytes
+    disk:int=0       # Its results, bytes
     seconds:float=0. # In one process, s; 0: not known
 
 class ResourceError(SegnbError):
     "Say that a task cannot fit into this machine's memory"
 
-# %% ../nbs/13_workers.ipynb #32e37d67
-def _crowd(needs, most, free):
-    "How many of the largest tasks fit into memory at once, at least 1, and what they hold together"
-    needs = sorted(needs, reverse=True)[:max(1, most)]
-    n = max(1, sum(total <= free for total in np.cumsum(needs)))
-    return n, sum(needs[:n])
-
+# %% ../nbs/13_workers.ipynb #496ba82f
 def _duration(seconds):
     "Seconds as people say them"
-    return f'{seconds:.1f} s' if seconds < 60 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
+    return f'{seconds:.1f} s' if seconds < 10 else f'{seconds:.0f} s' if seconds < 120 else f'{seconds/60:.0f} min' if seconds < 5400 else f'{seconds/3600:.1f} h'
 
-def _forecast(step, estimates, n, peak, free, folder):
+def _peak(estimates, n):
+    "Bytes that the n largest tasks need together; one runs even if n is 0"
+    return sum(sorted((e.memory for e in estimates.values()), reverse=True)[:max(1, n)])
+
+def _refuse_memory(step, estimates, free):
+    "Raise ResourceError if a task cannot run even alone"
+    case = max(estimates, key=lambda k: estimates[k].memory)
+    if estimates[case].memory <= free: return
+    others = sum(e.memory > free for e in estimates.values()) - 1
+    limited = any(_left_in(*group) < 1.01*free for group in _memory_groups())
+    raise ResourceError(f'{step} needs more memory than is free' + (f', and so do {others} other tasks' if others else ''), case=case,
+                        found=f'{_gb(free)} free' + (' within the limit of this container' if limited else ''), expected=f'about {_gb(estimates[case].memory)}',
+                        fix='raise that limit, or use another machine' if limited else 'close other programs, or use a machine with more memory')
+
+def _forecast(step, estimates, n, free, folder):
     "The block of text that says what a step will need"
-    first = {k: max(estimates, key=lambda c: getattr(estimates[c], k)) for k in ('memory', 'disk', 'seconds')}
+    most = {k: max(estimates, key=lambda c: getattr(estimates[c], k)) for k in ('memory', 'disk', 'seconds')}
     disk, seconds = (sum(getattr(e, k) for e in estimates.values()) for k in ('disk', 'seconds'))
-    lines = [f"{step}: {len(estimates)} tasks, {f'{n} workers at once' if n > 1 else '1 worker' if n else 'in this process'}",
-             f"  memory  {_gb(peak)} at once, {_gb(free)} free; most: {first['memory']}, {_gb(estimates[first['memory']].memory)}"]
-    if disk: lines += [f"  disk    {_gb(disk)}" + (f', {_gb(shutil.disk_usage(folder).free)} free in {folder}' if folder else '') +
-                       f"; most: {first['disk']}, {_gb(estimates[first['disk']].disk)}"]
-    longest = estimates[first['seconds']].seconds
-    if seconds: lines += [f"  time    about {_duration(max(longest, seconds/max(1, n)))}; longest: {first['seconds']}, {_duration(longest)}"]
+    lines = [f"{step}: {len(estimates)} tasks, {f'{n} workers' if n > 1 else '1 worker' if n else 'in this process'}",
+             f"  memory  {_gb(_peak(estimates, n))} at most, {_gb(free)} free; largest: {most['memory']}, {_gb(estimates[most['memory']].memory)}"]
+    room = f', {_gb(shutil.disk_usage(folder).free)} free' if folder else ''
+    if disk: lines += [f"  disk    {_gb(disk)}{room}; largest: {most['disk']}, {_gb(estimates[most['disk']].disk)}"]
+    longest = estimates[most['seconds']].seconds
+    if seconds: lines += [f"  time    about {_duration(max(longest, seconds/max(1, n)))}; longest: {most['seconds']}, {_duration(longest)}"]
     return '\n'.join(lines)
 
-# %% ../nbs/13_workers.ipynb #4e2739c2
+# %% ../nbs/13_workers.ipynb #180598c8
 def preflight(
     estimates:dict,      # {name of the task: Estimate}
     folder=None,         # Where results go; made if it does not exist; None: nowhere
-    n_workers:int=None,  # Most workers to use; None: as many as the cores carry
+    n_workers:int=None,  # Most workers to use; None: as many as the cores carry and the work is worth
     step:str='working',  # What is being done
-    say=None,            # Gets the forecast as text; None: it goes to stderr if that is a terminal
+    say=None,            # Called with the forecast, a text of a few lines; None: it goes to stderr if that is a terminal
 )->int:                  # Workers to use; 0: in this process
-    "Foresee memory, disk and time of a step; raise `ResourceError` or `OutputError` with the numbers if it cannot fit"
+    "Foresee memory, disk and time of a step; raise `ResourceError` or `OutputError`, with the numbers, if it cannot fit"
     if not estimates: return 0
-    free, need = _usable_bytes(), [e.memory for e in estimates.values()]
-    name = max(estimates, key=lambda k: estimates[k].memory)
-    if max(need) > free:
-        too_large = sum(m > free for m in need)
-        raise ResourceError(f'{step} needs more memory than is free' + (f', as do {too_large-1} other tasks' if too_large > 1 else ''), case=name,
-                            found=f'{_gb(free)} free', expected=f'about {_gb(max(need))}', fix='close other programs, or use a machine with more memory')
+    free = _usable_bytes()
+    _refuse_memory(step, estimates, free)
     if folder is not None: check_writable(folder, sum(e.disk for e in estimates.values()))
-    most = min(default_workers(1) if n_workers is None else n_workers, len(estimates))
-    n, peak = _crowd(need, most, free) if most else (0, max(need))
-    seconds = sum(e.seconds for e in estimates.values())
-    if n_workers is None and seconds and not worthwhile_workers(seconds, max(n, 2)): n, peak = 0, max(need)
-    text = _forecast(step, estimates, n, peak, free, folder)
+    n = min(default_workers(1) if n_workers is None else n_workers, len(estimates))
+    while n > 1 and _peak(estimates, n) > free: n -= 1
+    if n_workers is None and (seconds := sum(e.seconds for e in estimates.values())):
+        n = min(n, worthwhile_workers(seconds, max(n, 2)))  # one worker, where memory has no room for two, keeps a kill from this process
+    text = _forecast(step, estimates, n, free, folder)
     if say: say(text)
     elif sys.stderr.isatty(): print(text, file=sys.stderr)
     return n

@@ -3,11 +3,14 @@
 Usage, from the project root:
     python tests/record/13_workers.py original   (needs Python 3.11 with nnunet==1.7.1, see tests/record/README.md)
     python tests/record/13_workers.py timeline   (needs segnb)
+    python tests/record/13_workers.py cost       (needs segnb; on a quiet machine)
 `original` writes tests/recorded/13_workers.json: the number of processes by default, what becomes of a run whose worker is
 killed, what its save_json leaves on disk when it fails, and the text that it writes for a small object.
 `timeline` writes tests/recorded/13_workers_timeline.json: which worker held which task from when to when, in seconds.
+`cost` writes tests/recorded/13_workers_cost.json: what a pool of two costs, and each task: ms and microseconds, of Python's two pools and ours.
 """
-import contextlib, json, os, platform, signal, subprocess, sys, tempfile, time
+import contextlib, json, multiprocessing, os, platform, signal, subprocess, sys, tempfile, time, warnings
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -60,28 +63,36 @@ def original():
 
 
 def task(job):
-    "Sleep, and note on disk when: a killed worker can return nothing"
+    "Sleep, and note on disk when: a killed worker can return nothing; the deadly task kills its worker once, half way"
     notes, i, seconds, deadly = job
-    note = Path(notes)/f'{i}.json'
+    note = Path(notes)/f'{i}_{os.getpid()}.json'
+    dies = deadly and not list(Path(notes).glob(f'{i}_*.json'))
     start = time.monotonic()
-    note.write_text(json.dumps([os.getpid(), start, None]))
-    time.sleep(seconds/2 if deadly else seconds)
-    if deadly: note.write_text(json.dumps([os.getpid(), start, time.monotonic()])); os.kill(os.getpid(), signal.SIGKILL)
-    note.write_text(json.dumps([os.getpid(), start, time.monotonic()]))
+    note.write_text(json.dumps([start, start + seconds/2, False]))
+    time.sleep(seconds/2 if dies else seconds)
+    if dies: os.kill(os.getpid(), signal.SIGKILL)
+    note.write_text(json.dumps([start, time.monotonic(), True]))
 
 
 def run(n_workers, deadly=None):
-    from segnb.workers import WorkerError, parallel_map
-    notes, message = tempfile.mkdtemp(), ''
+    from segnb.workers import parallel_map
+    notes, told = tempfile.mkdtemp(), []
     parallel_map(abs, [0]*4, n_workers)  # warm
     start = time.monotonic()
-    try: parallel_map(task, [(notes, i, s, i == deadly) for i, s in enumerate(DURATIONS)], n_workers, names=[f'ct_{i:03d}' for i in range(len(DURATIONS))], step='cropping')
-    except WorkerError as e: message = str(e)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter('always')
+        parallel_map(task, [(notes, i, s, i == deadly) for i, s in enumerate(DURATIONS)], n_workers, names=[f'ct_{i:03d}' for i in range(len(DURATIONS))], step='cropping')
     stop = time.monotonic()
-    read = {int(p.stem): json.loads(p.read_text()) for p in Path(notes).glob('*.json')}
-    who = {pid: k for k, pid in enumerate(dict.fromkeys(v[0] for _, v in sorted(read.items())))}
-    tasks = [[i, who[pid], round(a - start, 3), round((b or stop) - start, 3), b is not None and i != deadly] for i, (pid, a, b) in sorted(read.items())]
-    return {'tasks': tasks, 'total': round(stop - start, 3), 'message': message}
+    read = sorted((*json.loads(p.read_text()), *map(int, p.stem.split('_'))) for p in Path(notes).glob('*.json'))  # start, stop, done, task, process
+    life = {pid: [min(a for a, *_, p in read if p == pid), max(b for _, b, *_, p in read if p == pid)] for *_, pid in read}
+    seats, seat = [], {}  # a new process takes the place of one that is gone
+    for pid, (begin, end) in sorted(life.items(), key=lambda item: item[1]):
+        free = [k for k, until in enumerate(seats) if until <= begin and (len(seats) == max(n_workers, 1))]
+        seat[pid] = free[0] if free else len(seats)
+        if free: seats[free[0]] = end
+        else: seats.append(end)
+    tasks = [[i, seat[pid], round(a - start, 3), round(b - start, 3), done] for a, b, done, i, pid in read]
+    return {'tasks': tasks, 'total': round(stop - start, 3), 'told': [str(w.message).split(';')[0] for w in heard]}
 
 
 DURATIONS = (.6, .9, .3, 1.2, .6, .3, .9, .6, 1.5, .3)
@@ -92,11 +103,35 @@ def timeline():
             'here': run(0), 'three': run(3), 'killed': run(3, deadly=4)}
 
 
+def by_pool(n):
+    with multiprocessing.get_context('fork').Pool(2) as pool: pool.map(abs, range(n), chunksize=1)
+
+def by_executor(n):
+    with ProcessPoolExecutor(2, multiprocessing.get_context('fork')) as pool: list(pool.map(abs, range(n)))
+
+def by_us(n):
+    from segnb.workers import parallel_map
+    parallel_map(abs, range(n), 2, start_method='fork')
+
+
+def cost():
+    "The best of 15 rounds, the three taking turns"
+    ways, took = {'multiprocessing.Pool': by_pool, 'ProcessPoolExecutor': by_executor, 'parallel_map': by_us}, {}
+    for _ in range(15):
+        for name, way in ways.items():
+            for n in (2, 2002):
+                start = time.perf_counter()
+                way(n)
+                took[name, n] = min(took.get((name, n), 9), time.perf_counter() - start)
+    return {'versions': {'python': platform.python_version()}, 'cores': os.cpu_count(),
+            'pool_ms': {k: round(1e3*took[k, 2], 1) for k in ways}, 'task_us': {k: round(1e6*(took[k, 2002] - took[k, 2])/2000, 1) for k in ways}}
+
+
 if __name__ == '__main__':
     for key in ('nnUNet_raw_data_base', 'nnUNet_preprocessed', 'RESULTS_FOLDER'): os.environ[key] = tempfile.mkdtemp()
     what = sys.argv[1]
     if what == 'crop': cropper(sys.argv[2] == '1'); sys.exit()
-    name = {'original': '13_workers', 'timeline': '13_workers_timeline'}[what]
-    found = {'command': f'python tests/record/13_workers.py {what}'} | (original() if what == 'original' else timeline())
+    name = {'original': '13_workers'}.get(what, f'13_workers_{what}')
+    found = {'command': f'python tests/record/13_workers.py {what}'} | {'original': original, 'timeline': timeline, 'cost': cost}[what]()
     (OUT/f'{name}.json').write_text(json.dumps(found, indent=1) + '\n')
     print(f'wrote tests/recorded/{name}.json')
