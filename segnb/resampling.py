@@ -168,7 +168,7 @@ def resample_image(
     alone, along = separate_axis is not None, order if separate_axis is None else order_z
     for volume, new in zip(data, out):
         if alone: volume, new = (np.moveaxis(a, separate_axis, 0) for a in (volume, new))
-        limits = _limits(volume, alone)
+        limits = _limits(volume, alone, anchored=order > 0)
         if device is not None: _on_device(volume, new, order, along, limits, alone, max_bytes, device)
         elif along == 0 or len(volume) == len(new): _copy_slices(volume, new, order, limits)
         elif alone or not _z_first(volume.shape, new.shape):
@@ -177,7 +177,7 @@ def resample_image(
     return out
 
 # %% ../nbs/30_resampling.ipynb #41ada23a
-def _limits(volume, per_slice):
+def _limits(volume, per_slice, anchored):
     # anchor, lowest and highest value of the whole (1, 1, 1) or of each slice (Z, 1, 1)
     step = 1 if per_slice else max(1, CHUNK // (4 * volume[0].size))
     parts = [volume[i:i + step] for i in range(0, len(volume), step)]
@@ -186,7 +186,7 @@ def _limits(volume, per_slice):
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise ResamplingError('the image holds voxels that are not finite', found=f'range {low.min()} to {high.max()}',
                               fix='replace NaN and infinity first: a spline would spread them')
-    return np.clip(np.float32(0), low, high), low, high
+    return np.clip(np.float32(0), low, high) if anchored else np.zeros_like(low), low, high
 
 
 def _of(limit, where): return limit if len(limit) == 1 else limit[where]
@@ -270,12 +270,12 @@ def _z_then_planes(volume, new, order, limits, max_bytes):
 def _planes_then_z(volume, new, order, along, limits, per_slice, max_bytes):
     steps, one, spare = bands(len(volume), len(new), along), 4 * new[0].size, _spare(volume, new)
     need = max(used.stop - used.start for _, used, _, _ in steps)
-    fit = (_room((2 * need + ROWS) * one + spare, max_bytes) - spare) // one - need - ROWS
+    fit = (_room((need + ROWS) * one + spare, max_bytes) - spare) // one - ROWS
     ready, start, stop = np.empty((min(fit, len(volume)), *new.shape[1:]), np.float32), 0, 0
     for rows, used, weights, _ in steps:
         if used.stop > stop:                                     # keep what is needed still, fill the buffer up
             kept = max(0, stop - used.start)
-            ready[:kept] = ready[used.start - start:stop - start].copy()
+            for i in range(kept): ready[i] = ready[used.start - start + i]
             start, stop = used.start, min(used.start + len(ready), len(volume))
             _planes(volume, start + kept, ready[kept:stop - start], order, limits[0], limits if per_slice else None)
         target = new[rows]
@@ -342,7 +342,9 @@ def resample_label_map(
         return out
     if out is None: out = np.empty(shape, seg.dtype)
     alone, new, along = separate_axis is not None, out, order
-    if alone: seg, new, along = np.moveaxis(seg, separate_axis, 0), np.moveaxis(out, separate_axis, 0), order_z
+    if alone:
+        seg, new = np.moveaxis(seg, separate_axis, 0), np.moveaxis(out, separate_axis, 0)
+        along = order_z if len(seg) != len(new) else 0
     step = _slices_at_once(seg, new, max(order, along), max_bytes)
     for start in range(0, len(new), step):
         part = new[start:start + step]
@@ -352,7 +354,8 @@ def resample_label_map(
         if alone:
             middle = np.empty((len(window), *part.shape[1:]), seg.dtype)
             _vote(window, middle, (None, y, x), order, device)
-            _vote(middle, part, (z, *(_Span(n, n, along) for n in part.shape[1:])), along, device, strict=True)
+            still = [_Span(n, n, along) for n in part.shape[1:]]
+            _vote(middle, part, (z, *still), along, device, strict=True, axes=((0, 1, 2), (1, 0, 2), (1, 2, 0))[separate_axis])
         else: _vote(window, part, (z, y, x), order, device)
     return out
 
@@ -368,7 +371,7 @@ class _Span:
         self.low, self.high = 0, n_in
         if stop is not None:
             index = nearest_index(n_in, n_out)[self.new] if order == 0 else np.floor(self.position).astype(int).clip(0, n_in - 1)
-            before, after = ((0, 0), (0, 1), (REACH, REACH), (REACH, REACH))[order]
+            before, after = (REACH, REACH) if order > 1 else (0, int(order == 1 and self.moves))
             self.low, self.high = max(0, int(index[0]) - before), min(n_in, int(index[-1]) + after + 1)
 
     @property
@@ -396,13 +399,13 @@ def _slices_at_once(seg, new, order, max_bytes):
     return max(1, int(((room - 100 * POLL) / each - beyond) / (1 + ratio)))
 
 
-def _vote(window, new, spans, order, device, strict=False):
+def _vote(window, new, spans, order, device, strict=False, axes=(0, 1, 2)):
     moving = [axis for axis, span in enumerate(spans) if span is not None and span.moves]
     if order == 0 or not moving:
         for axis in moving: window = window.take(spans[axis].nearest(), axis)
         new[...] = window
     elif order == 1 and device is None: _vote_at_borders(window, new, spans, moving, strict)
-    else: _vote_by_label(window, new, spans, order, device, strict)
+    else: _vote_by_label(window, new, spans, order, device, strict, axes)
 
 # %% ../nbs/30_resampling.ipynb #e062825a
 POLL = 2**14     # border voxels whose corners are gathered at a time
@@ -462,7 +465,7 @@ def _count(label, weight, strict):
     return result
 
 # %% ../nbs/30_resampling.ipynb #3177749d
-def _vote_by_label(window, new, spans, order, device, strict):
+def _vote_by_label(window, new, spans, order, device, strict, axes):
     result, low = np.zeros(new.shape, new.dtype), min(int(window.min()), 0)
     for label, box in enumerate(ndi.find_objects(window.astype(np.int32) - low + 1), low):
         if box is None or (label == low == 0): continue  # absent, or background with nothing below it to overrule
@@ -470,7 +473,7 @@ def _vote_by_label(window, new, spans, order, device, strict):
         won = share > .5 if strict else share >= .5
         near = np.nonzero(np.abs(share - .5) < 1e-5)
         if len(near[0]):
-            exact = _exact_share(window, label, box, [i + part.start for i, part in zip(near, place)], spans, order)
+            exact = _exact_share(window, label, box, [i + part.start for i, part in zip(near, place)], spans, order, axes)
             won[near] = exact > .5 if strict else exact >= .5
         result[place][won] = label
     new[...] = result
@@ -493,21 +496,22 @@ def _share(mask, box, spans, device):
     return share if device is None else share.cpu().numpy(), tuple(place)
 
 # %% ../nbs/30_resampling.ipynb #9cc5628c
-def _exact_share(window, label, box, points, spans, order):
-    # the share of a label at some new voxels, bit for bit as scipy computes it
+def _exact_share(window, label, box, points, spans, order, axes):
+    # the share of a label at some new voxels, bit for bit as scipy computes it, which takes the axes one after the other
     crop = [slice(max(0, b.start - REACH), b.stop + REACH) for b in box]
     values = (window[tuple(crop)] == label).astype(float)
-    filtered = [axis for axis, span in enumerate(spans) if span is not None and order > 1]
+    filtered = [axis for axis in axes if spans[axis] is not None and order > 1]
     values = np.pad(values, [(PAD * (axis in filtered),) * 2 for axis in range(3)], 'edge')
     for axis in filtered: values = ndi.spline_filter1d(values, order, axis, mode='nearest')
     taps = []
-    for axis, (span, index, n) in enumerate(zip(spans, points, values.shape)):
+    for axis in axes:
+        span, index = spans[axis], points[axis]
         if axis in filtered or (span is not None and span.moves):
             places, weights = (a[:, index] for a in span.taps())
-            taps.append(list(zip((places - crop[axis].start).clip(0, n - 1), weights)))
+            taps.append(list(zip((places - crop[axis].start).clip(0, values.shape[axis] - 1), weights)))
         else: taps.append([(index - crop[axis].start, 1.)])
-    total = 0
-    for (z, wz), (y, wy), (x, wx) in product(*taps): total = total + values[z, y, x] * wz * wy * wx
+    total, values = 0, values.transpose(axes)
+    for (i, wi), (j, wj), (k, wk) in product(*taps): total = total + values[i, j, k] * wi * wj * wk
     return total
 
 # %% ../nbs/30_resampling.ipynb #58ec11bb
@@ -529,13 +533,18 @@ def resample_case(
     spacing:tuple,            # mm per axis, of these arrays
     new_spacing:tuple,        # mm per axis wanted, same axes
     shape:tuple=None,         # (Z, Y, X) wanted; None: the same extent in mm, rounded to voxels
-    order:int=3,              # Spline order of the image, in plane when an axis is separate
+    order:int=3,              # Spline order of the image, 0 to 3, in plane when an axis is separate
+    order_label:int=1,        # The same of the label map
+    order_z:int=0,            # Spline order of the image along a separate axis, 0 to 3
+    order_z_label:int=0,      # The same of the label map
+    device=None,              # None: numpy; else a torch device, such as 'cuda'
+    max_bytes:int=None,       # Most bytes of working memory beside inputs and results; None: 256 MB
 )->tuple:                     # (data, seg) on the new grid, None where None came in
-    "Resample an image and its label map from one spacing to another by nnU-Net's rule"
+    "Resample an image and its label map from one spacing to another by nnU-Net's rule; raises `ResamplingError`"
     given = data[0] if data is not None else seg
     if given is None: raise ResamplingError('neither an image nor a label map was given')
     if shape is None: shape = resampled_shape(given.shape, spacing, new_spacing)
-    axis = separate_axis(spacing, new_spacing)
-    if data is not None: data = resample_image(data, shape, order, 0, axis)
-    if seg is not None: seg = resample_label_map(seg, shape, 1, 0, axis)
+    common = dict(separate_axis=separate_axis(spacing, new_spacing), device=device, max_bytes=max_bytes)
+    if data is not None: data = resample_image(data, shape, order, order_z, **common)
+    if seg is not None: seg = resample_label_map(seg, shape, order_label, order_z_label, **common)
     return data, seg

@@ -31,6 +31,15 @@ DIRECT = {  # name: (shape, new shape, order, separate axis, order along it)
     'order_0': ((8, 8, 8), (4, 12, 3), 0, None, 0),
     'order_z_1': ((7, 12, 11), (10, 15, 9), 1, 0, 1),
     'order_z_3': ((7, 12, 11), (10, 15, 9), 3, 0, 3),
+    'order_2': ((6, 8, 7), (9, 6, 10), 2, None, 0),
+    'order_2_halved': ((8, 8, 6), (4, 4, 3), 2, None, 0),
+    'order_3_doubled': ((4, 6, 5), (8, 12, 10), 3, None, 0),
+    'order_2_z_2_axis_1': ((7, 6, 8), (5, 9, 10), 2, 1, 2),
+    'order_0_z_1_axis_2': ((8, 7, 6), (6, 7, 9), 0, 2, 1),
+    'order_3_z_2_axis_2': ((8, 7, 6), (6, 10, 4), 3, 2, 2),
+    'order_1_z_3_halved': ((8, 6, 6), (4, 6, 6), 1, 0, 3),
+    'axes_of_1_and_2': ((1, 2, 7), (3, 5, 4), 3, None, 0),
+    'axes_to_1_and_2': ((3, 7, 6), (1, 2, 2), 2, None, 0),
 }
 
 
@@ -66,7 +75,7 @@ def main():
             new = resample_data_or_seg(data, new_shape, False, **ask)
             out.update({f'{name}/data': data.astype(np.int16), f'{name}/seg': seg, f'{name}/new_data': new,
                         f'{name}/ask': np.array([order, -1 if axis is None else axis, order_z])})
-            if order < 2: out[f'{name}/new_seg'] = resample_data_or_seg(seg[None].astype(np.float32), new_shape, True, **ask)[0].astype(np.int16)
+            out[f'{name}/new_seg'] = resample_data_or_seg(seg[None].astype(np.float32), new_shape, True, **ask)[0].astype(np.int16)
         new = resample_patient(np.zeros((1, 34, 124, 128), np.float32), None, np.array([3, .8, .8]), np.array([2.5, .8, .8]), force_separate_z=None)[0]
         out['ct_003/new_shape'], out['ct_003/axis'] = np.array(new.shape[1:]), get_lowres_axis([3, .8, .8])[0] if get_do_separate_z([3, .8, .8]) else -1
         hole = np.array([[1, 2], [3, 4]])[None].repeat(2, 1).repeat(2, 2)
