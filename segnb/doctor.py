@@ -66,7 +66,8 @@ def overlap(
 )->float:                # 0 to 1; of the whole grid if the mask is empty
     "Measure which share of the marked voxels lies inside another grid"
     matrix, offset = index_map(target, source)
-    points = np.argwhere(mask) if mask.any() else np.argwhere(np.ones([min(n, 32) for n in mask.shape])) * (np.array(mask.shape) / [min(n, 32) for n in mask.shape])
+    if not mask.any(): mask = np.ones(mask.shape, bool)
+    points = np.argwhere(mask)
     points = points[::max(1, len(points) // 50000)] @ matrix.T + offset
     return float(((points > -.51) & (points < np.array(target.shape) - .49)).all(1).mean())
 
@@ -162,7 +163,7 @@ KINDS = {  # kind: (severity, what it means for training, what repairs it)
  'description': ('error', 'Without a readable dataset.json nobody knows the channels and the labels.', 'correct dataset.json by hand'),
  'missing file': ('error', 'The case cannot be read, and training stops there.', 'add the file, or leave the case out'),
  'unreadable file': ('error', 'The case cannot be read, or only half of it is image.', 'copy or download the file again, or leave the case out'),
- 'header contradiction': ('error', 'The header describes two different places; the label may lie beside the organ in one of them.', 'choose one of its descriptions, write the file again, or leave the case out'),
+ 'header contradiction': ('error', 'The header describes two different places; the label may lie beside the organ in one of them.', 'say in dataset.json which part to believe ("header": "qform" or "sform"), or leave the case out'),
  'odd header': ('note', 'The file can be read; its header holds something that other tools may read otherwise.', 'none needed; write the file again if another tool disagrees'),
  'wrong channels': ('error', 'The network has one input per declared channel.', 'correct dataset.json, or split or save the file again'),
  'header only': ('error', 'The voxels match, the headers do not: a tool lost the header on its way. Training would be right, but nnU-Net stops, and distances in mm are wrong.', 'copy the header of the image'),
@@ -224,7 +225,9 @@ def _worst(mask):
 
 def _content(array):
     "A fingerprint of voxel values, whatever type, file format or compression they are stored in"
-    return hashlib.blake2b(np.ascontiguousarray(array, np.float32) + np.float32(0), digest_size=16).hexdigest() + f' {array.shape}'
+    digest = hashlib.blake2b(digest_size=16)
+    for plane in array: digest.update(np.ascontiguousarray(plane, np.float32) + np.float32(0))  # -0 is 0
+    return f'{digest.hexdigest()} {array.shape}'
 
 def _statistics(channel, name):
     "Percentiles of a channel and of its tissue: above -500 in CT, above the lowest value elsewhere"
@@ -246,30 +249,34 @@ def _declared(description):
         return {int(i): str(name) for value, name in pairs for i in (value if isinstance(value, list) else [value])}
     except (AttributeError, KeyError, TypeError, ValueError): return None
 
+def _counts(label):
+    "Count the voxels of each value, whole or not: {value: voxels}"
+    if label.dtype.kind in 'biu' or np.array_equal(label, np.rint(label)): return {float(v): n for v, n in count_labels(label.astype(np.int64, copy=False)).items()}
+    return dict(zip(*(a.tolist() for a in np.unique(label, return_counts=True))))
+
 def _label_findings(case, file, label, declared):
     "Examine the values of a label map: findings, and {value: voxels}"
     finite = np.isfinite(label) if label.dtype.kind == 'f' else None
     out, known = [], label
     if finite is not None and not finite.all():
-        out.append(_finding('NaN or infinity', case, file, f'{int((~finite).sum())} label voxels are not numbers', np.argwhere(~finite)[0], voxels=int((~finite).sum())))
+        bad = int((~finite).sum())
+        out.append(_finding('NaN or infinity', case, file, f'{bad} label voxels are not numbers', _worst(~finite), voxels=bad))
         known = label[finite]
-    whole_numbers = known.dtype.kind in 'biu' or np.array_equal(known, np.rint(known))
-    counts = {float(v): n for v, n in count_labels(known.astype(np.int64)).items()} if whole_numbers else dict(zip(*(a.tolist() for a in np.unique(known, return_counts=True))))
+    counts = _counts(known)
     values, n = (np.array(list(a), float) for a in (counts, counts.values()))
     off = np.abs(values - np.round(values))
     def at(wrong): return _worst(np.isin(label, values[wrong]))
     scaled = declared and any(v not in declared for v in counts) and unscale(values, tuple(declared))
-    if scaled: out.append(_finding('scaled labels', case, file, f'values {_some(values)} instead of {_some(sorted(declared))}', at(values > 0), map={str(k): v for k, v in scaled.items()}))
-    elif off.max(initial=0) > 1e-3:
-        out.append(_finding('interpolated labels', case, file, f'{n[off > 1e-3].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', at(off > 1e-3), voxels=int(n[off > 1e-3].sum())))
-    elif off.max(initial=0) > 0:
-        out.append(_finding('float labels', case, file, f'{int(n[off > 0].sum())} voxels are up to {off.max():.2g} away from a whole number', at(off > 0), voxels=int(n[off > 0].sum()), largest=float(off.max())))
+    def say(kind, what, wrong, **more): out.append(_finding(kind, case, file, what, at(wrong), voxels=int(n[wrong].sum()), **more))
+    if scaled: say('scaled labels', f'values {_some(values)} instead of {_some(sorted(declared))}', values > 0, map={str(k): v for k, v in scaled.items()})
+    elif off.max(initial=0) > 1e-3: say('interpolated labels', f'{n[off > 1e-3].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', off > 1e-3)
+    elif off.max(initial=0) > 0: say('float labels', f'{n[off > 0].sum():.0f} voxels are up to {off.max():.2g} away from a whole number', off > 0, largest=float(off.max()))
     whole = Counter()
     for v, k in counts.items(): whole[scaled[v] if scaled else int(round(v))] += k
     strange = [] if scaled or off.max(initial=0) > 1e-3 or not declared else [v for v in whole if v not in declared]
     if strange:
-        out.append(_finding('undeclared label', case, file, f'{", ".join(f"{v} in {whole[v]} voxels" for v in strange)}; declared are {_some(sorted(declared))}',
-                            _worst(np.isin(np.round(label), strange)), values=strange, voxels=[whole[v] for v in strange]))
+        said = ', '.join(f'{v} in {whole[v]} voxels' for v in strange[:8]) + f' and {len(strange) - 8} more values' * (len(strange) > 8)
+        out.append(_finding('undeclared label', case, file, f'{said}; declared are {_some(sorted(declared))}', _worst(np.isin(np.round(label), strange)), values=strange))
     return out, dict(whole)
 
 # %% ../nbs/15_doctor.ipynb #d6d6ba28
@@ -285,8 +292,8 @@ def _image_findings(case, file, array, names):
         known = channel if not bad else channel[finite]
         constant = not known.size or known.min() == known.max()
         if constant:
-            out.append(_finding('constant image', case, file, f'every voxel of channel {name} is {known.flat[0] if known.size else "no number":g}' if known.size else f'no voxel of channel {name} is a number',
-                                [n // 2 for n in channel.shape], channel=name))
+            what = f'every voxel of channel {name} is {known.flat[0]:g}' if known.size else f'no voxel of channel {name} is a number'
+            out.append(_finding('constant image', case, file, what, [n // 2 for n in channel.shape], channel=name))
         summaries.append(dict(name=name, file=str(file), statistics=_statistics(channel, name), content=None if constant else _content(channel)))
     return out, summaries
 
@@ -294,17 +301,18 @@ def _image_findings(case, file, array, names):
 def read_stored(
     file,              # Image or label file
     label:bool=False,  # Whether it is a label map: the numbers of a palette, not its colours
+    header='refuse',   # Which part of a contradictory header to believe, as in `read_image`
 )->tuple:              # (array (C, Z, Y, X) in the type of the file, NaN and all; Geometry)
     "Read a file as it is stored; raises ImageError"
-    return _read(file, 'label' if label and image_ending(file).lower() in PICTURES else None)
+    return _read(file, 'label' if label and image_ending(file).lower() in PICTURES else None, header=header)
 
 # %% ../nbs/15_doctor.ipynb #d84417ae
-def _open_findings(case, file, label=False):
+def _open_findings(case, file, label=False, header='refuse'):
     "Read a file as it is stored: findings, array or None, Geometry or None"
     if not Path(file).exists(): return [], None, None
     try: sentences = header_findings(file)
     except (SegnbError, RuntimeError, OSError): sentences = []
-    try: array, geometry = read_stored(file, label)
+    try: array, geometry = read_stored(file, label, header)
     except ImageError as e:
         kind = 'header contradiction' if sentences else 'unreadable file'
         return [_finding(kind, case, file, '; '.join(sentences) or _plain(e))], None, None
@@ -337,14 +345,16 @@ class _Files:
     label:str        # Path, or None for a case without truth
     channels:tuple   # Names
     declared:dict    # {label value: name}, or None
+    header:str='refuse'
 
 # %% ../nbs/15_doctor.ipynb #41971daa
 def _label_part(files, summary, first, reference):
     "Examine the label map of a case"
     if not files.label: return []
-    out, array, geometry = _open_findings(files.case, files.label, True)
+    out, array, geometry = _open_findings(files.case, files.label, True, files.header)
     if array is None: return out
-    if len(array) != 1: return out + [_finding('wrong channels', files.case, files.label, f'{len(array)} values per voxel in a label map', repair='save it as a grey image whose values are the classes')]
+    if len(array) != 1:
+        return out + [_finding('wrong channels', files.case, files.label, f'{len(array)} values per voxel in a label map', repair='save it as a grey image whose values are the classes')]
     summary['label_content'] = _content(array[0])
     found, summary['labels'] = _label_findings(files.case, files.label, array[0], files.declared)
     out += found
@@ -362,7 +372,7 @@ def _examine_case(files):
         if not Path(path).exists():
             out.append(_finding('missing file', case, path, 'the label map is missing' if path == files.label else 'an image file is missing'))
     for path in files.images:
-        found, array, geometry = _open_findings(case, path)
+        found, array, geometry = _open_findings(case, path, header=files.header)
         out += found
         if array is None: continue
         read, n = read + 1, len(channels)
@@ -394,10 +404,12 @@ def _outliers(cases, logs, z_limit, factor):
     return [(c, float(a), float(r)) for c, a, r in zip(cases, z, ratio) if abs(a) > z_limit and max(r, 1 / r) >= factor]
 
 def _size_findings(known):
-    "Compare spacings and sizes with the rest: findings"
+    "Compare spacings and sizes with the rest, along the same axes of the body: findings"
     out = []
+    if not known: return out
+    along = [[next(2 - s['axes'].index(c) for c in 'SIAPLR'[i:i + 2] if c in s['axes']) for i in (0, 2, 4)] for s in known.values()]  # array axes of S-I, A-P, L-R
     for kind, key, unit, factor in (('spacing outlier', 'spacing', ' mm', 2.5), ('size outlier', 'shape', ' voxels', 3.)):
-        all_of, worst = np.array([s['geometry'][key] for s in known.values()], float), {}
+        all_of, worst = np.array([np.take(s['geometry'][key], a) for s, a in zip(known.values(), along)], float), {}
         usual = _some(np.median(all_of, 0))
         for axis in range(3):
             for c, z, r in _outliers(known, np.log(all_of[:, axis]), 5, factor):
@@ -433,7 +445,7 @@ def _intensity_findings(known):
     "Compare the intensities of each channel with the rest, and CT with the Hounsfield scale: findings"
     out = []
     for i in range(max((len(s['channels']) for s in known.values()), default=0)):
-        here = {c: s['channels'][i] for c, s in known.items() if len(s['channels']) > i and s['channels'][i]['content'] and s['channels'][i]['statistics']}
+        here = {c: s['channels'][i] for c, s in known.items() if len(s['channels']) > i and s['channels'][i]['content']}
         said, stats = set(), {c: h['statistics'] for c, h in here.items()}
         def say(kind, c, what, **numbers):
             said.add(c)
@@ -450,7 +462,8 @@ def _intensity_findings(known):
         else:
             rest = [c for c in stats if stats[c]['p95'] > stats[c]['p5']]
             for c, z, r in _outliers(rest, np.log([stats[c]['p95'] - stats[c]['p5'] for c in rest]), 6, 30):
-                say('intensity outlier', c, f'the tissue of channel {here[c]["name"]} spans {stats[c]["p95"] - stats[c]["p5"]:.4g}, {r:.3g} times what is usual', severity='note', z=round(z, 2))
+                span = stats[c]['p95'] - stats[c]['p5']
+                say('intensity outlier', c, f'the tissue of channel {here[c]["name"]} spans {span:.4g}, {r:.3g} times what is usual', severity='note', z=round(z, 2))
     return out
 
 # %% ../nbs/15_doctor.ipynb #729cea90
@@ -461,17 +474,21 @@ def _duplicate_findings(summaries, tests):
         contents = [c['content'] for c in s['channels']]
         for i, c in enumerate(contents):
             if c and c in contents[:i]:
-                out.append(_finding('duplicate channel', s['case'], s['channels'][i]['file'], f'channel {s["channels"][i]["name"]} has the voxels of channel {s["channels"][contents.index(c)]["name"]}'))
+                one, first = s['channels'][i], s['channels'][contents.index(c)]
+                out.append(_finding('duplicate channel', s['case'], one['file'], f'channel {one["name"]} has the voxels of channel {first["name"]}', [n // 2 for n in s['geometry']['shape']]))
         if not contents or None in contents: continue
         other = seen.setdefault(tuple(contents), s)
         if other is s: continue
         note = ', which is a test case' if other['case'] in tests else '' if other.get('label_content') == s.get('label_content') else '; their label maps differ'
-        out.append(_finding('duplicate case', s['case'], s['channels'][0]['file'], f'the same voxels as case {other["case"]}{note}', [n // 2 for n in s['geometry']['shape']], other=other['case']))
+        middle = [n // 2 for n in s['geometry']['shape']]
+        out.append(_finding('duplicate case', s['case'], s['channels'][0]['file'], f'the same voxels as case {other["case"]}{note}', middle, other=other['case']))
     return out
 
 # %% ../nbs/15_doctor.ipynb #47e7c852
-_VISIT = re.compile(r'(?i)[_-](ses-?\w+|(t|tp|time|timepoint|v|visit|fu|followup|scan|run|frame|phase|day|week|month|year)[_-]?\d+|baseline|bl|followup|fu|pre|post|preop|postop)$')
-_NAMED = (re.compile(r'(?i)^(sub-[a-z0-9]+)_.+'), re.compile(r'(?i)^((?:patient|pat|subject|subj)[_-]?\d+)[_-].+'), re.compile(r'^(BraTS-[A-Z]+-\d{5})-\d{3}$'))
+_TIMES = 't|tp|time|timepoint|v|visit|fu|followup|scan|run|frame|phase|day|week|month|year'
+_VISIT = re.compile(rf'(?i)[_-](ses-?\w+|({_TIMES})[_-]?\d+|baseline|bl|followup|fu|pre|post|preop|postop)$')
+_NAMED = (re.compile(r'(?i)^(sub-[a-z0-9]+)_.+'), re.compile(r'(?i)^((?:patient|pat|subject|subj)[_-]?\d+)[_-].+'),
+          re.compile(r'^(BraTS-[A-Z]+-\d{5})-\d{3}$'))
 
 # %% ../nbs/15_doctor.ipynb #618ef71a
 def patient_of(
@@ -488,9 +505,9 @@ def _name_findings(cases):
     groups = {}
     for c in cases: groups.setdefault(patient_of(c), []).append(c)
     groups = {p: g for p, g in groups.items() if len(g) > 1}
-    if not groups or len(groups) == 1 and len(cases) > 1 == len({patient_of(c) for c in cases}): return []
-    shown = '; '.join(f'{p}: {", ".join(g[:4])}' for p, g in list(groups.items())[:5])
-    return [_finding('one patient', None, None, f'{len(groups)} patient{"s have" if len(groups) > 1 else " has"} several cases by name ({shown}{"; ..." if len(groups) > 5 else ""})', groups=groups)]
+    if not groups: return []
+    shown, have = '; '.join(f'{p}: {", ".join(g[:4])}' for p, g in list(groups.items())[:5]) + '; ...' * (len(groups) > 5), 's have' if len(groups) > 1 else ' has'
+    return [_finding('one patient', None, None, f'{len(groups)} patient{have} several cases by name ({shown})', groups=groups)]
 
 # %% ../nbs/15_doctor.ipynb #a3052a99
 def _label_set_findings(summaries, declared):
@@ -511,8 +528,8 @@ def _gather(findings, n_cases):
         some = [f for f in findings if f.kind == kind and f.case]
         cases = list(dict.fromkeys(f.case for f in some))
         if len(cases) <= max(3, n_cases / 20): continue
-        together = replace(some[0], case=None, severity='note', what=f'{len(cases)} of {n_cases} cases, for example {some[0].case}: {some[0].what}', numbers={**some[0].numbers, 'cases': cases})
-        findings = [f for f in findings if f not in some] + [together]
+        what = f'{len(cases)} of {n_cases} cases, for example {some[0].case}: {some[0].what}'
+        findings = [f for f in findings if f not in some] + [replace(some[0], case=None, severity='note', what=what, numbers={**some[0].numbers, 'cases': cases})]
     return findings
 
 # %% ../nbs/15_doctor.ipynb #a144dc73
@@ -620,7 +637,7 @@ def _roster(dataset):
             found.append(_finding('description', None, folder/'dataset.json', _plain(e)))
             return folder.resolve().name, folder, _guessed(folder, description if isinstance(description, dict) else {}), found
     declared = _declared(dataset.json)
-    files = [_Files(c, tuple(map(str, dataset.image_files(c))), str(dataset.label_file(c)) if c in dataset.cases else None, dataset.channels, declared)
+    files = [_Files(c, tuple(map(str, dataset.image_files(c))), str(dataset.label_file(c)) if c in dataset.cases else None, dataset.channels, declared, dataset.header)
              for c in [*dataset.cases, *(c for c in dataset.test_cases if c not in dataset.cases)]]
     if not dataset.cases: found.append(_finding('description', None, dataset.folder/'dataset.json', 'no training cases'))
     known = {os.path.abspath(p) for f in files for p in (*f.images, *([f.label] if f.label else []))}
@@ -630,8 +647,8 @@ def _roster(dataset):
 
 # %% ../nbs/15_doctor.ipynb #98e1a38c
 def _memory(files):
-    "Bytes that the examination of a case needs at most: about ten arrays of float32"
-    try: return 40 * int(np.prod(read_geometry(files.images[0]).shape, dtype=np.int64)) + 10**8
+    "Bytes that the examination of a case needs: two channels and the label map, and for crooked cases four more arrays"
+    try: return 24 * int(np.prod(read_geometry(files.images[0]).shape, dtype=np.int64)) + 10**8
     except (SegnbError, OSError, IndexError): return 10**8
 
 # %% ../nbs/15_doctor.ipynb #675ea550
@@ -652,7 +669,8 @@ def examine(
     summaries, tests = [s for _, s in results], {f.case for f in files if f.label is None}
     known = {s['case']: s for s in summaries if 'geometry' in s}
     found += _label_set_findings([s for s in summaries if s['labelled']], files[0].declared if files else None)
-    found += _duplicate_findings(summaries, tests) + _size_findings(known) + _orientation_findings(known) + _intensity_findings(known) + _name_findings([f.case for f in files])
+    found += _duplicate_findings(summaries, tests) + _size_findings(known) + _orientation_findings(known) + _intensity_findings(known)
+    found += _name_findings([f.case for f in files])
     found = _gather(found, len(files))
     cases = {f.case: dict(images=list(f.images), label=f.label, axes=known[f.case]['axes'] if f.case in known else None) for f in files}
     found = tuple(f for group in _groups(found).values() for f in sorted(group, key=lambda f: (f.case or '', f.file or '')))
@@ -829,6 +847,7 @@ def _panels(report, finding):
     contour = None if label is None or label.shape != volume.shape else np.round(np.nan_to_num(label)).astype(int)
     wrong = _wrong(finding, volume, label, there, geometry)
     here = _panel(volume, geometry, finding.where[0], case, contour=contour, error=wrong)
+    if wrong is not None and here['error'].sum() < 20: here['mark'] = finding.where[1:]
     if finding.kind not in _COMPARED: return [here]
     other = finding.numbers.get('other') or _usual_case(report, finding)
     path = next((p for p in report.cases[other]['images'] if p[-12:] == own[-12:]), report.cases[other]['images'][0]) if other else None
@@ -863,7 +882,7 @@ main{max-width:1080px;margin:auto;padding:24px 16px 64px}h1{font-size:1.6rem;mar
 .tile b{display:block;font-size:1.7rem;line-height:1.2}section{background:var(--card);border:1px solid var(--line);border-left:5px solid;border-radius:10px;padding:16px 18px;margin:18px 0}
 .error{border-left-color:var(--error)}.warning{border-left-color:var(--warning)}.note{border-left-color:var(--note)}.tag{font-size:.78rem;font-weight:600}
 .error .tag,.tile .error{color:var(--error)}.warning .tag,.tile .warning{color:var(--warning)}.note .tag,.tile .note{color:var(--note)}
-.shots{display:flex;flex-wrap:wrap;gap:16px;margin:12px 0}figure{margin:0;max-width:100%}.row{display:flex;flex-wrap:wrap;gap:8px}img{width:min(100%,300px);height:auto;background:#fff;border-radius:6px}figcaption{max-width:608px}
+.shots{display:flex;flex-wrap:wrap;gap:16px;margin:12px 0}figure{margin:0;max-width:100%}.row{display:flex;flex-wrap:wrap;gap:8px}img{width:min(100%,300px);height:auto;background:#fff;border-radius:6px}.of1{width:300px}.of2{width:608px}
 figcaption,li{font-size:.9rem;overflow-wrap:anywhere}ul{padding-left:1.1em;margin:.4em 0}table{border-collapse:collapse;width:100%}td,th{text-align:left;padding:5px 10px 5px 0;border-bottom:1px solid var(--line)}td:last-child,th:last-child{text-align:right}a{color:inherit}"""
 
 # %% ../nbs/15_doctor.ipynb #dc413200
@@ -872,9 +891,9 @@ def _picture(report, finding):
     from segnb.viewer import _png
     words, out = html.escape(f'{finding.case}: {finding.what}'), ''
     for panel in _panels(report, finding):
-        data = base64.b64encode(_png(_draw([panel]), 64)).decode()
+        data = base64.b64encode(_png(_draw([panel]), 256)).decode()
         out += f'<img alt="{html.escape(panel["title"])}; {words}" src="data:image/png;base64,{data}">'
-    return out and f'<figure><div class="row">{out}</div><figcaption>{words}</figcaption></figure>'
+    return out and f'<figure class="of{out.count("<img")}"><div class="row">{out}</div><figcaption>{words}</figcaption></figure>'
 
 def _section(report, severity, kind, group, pictures):
     "The part of the page about one kind of finding"
@@ -983,10 +1002,10 @@ def _whole(label, findings, label_map):
     return out.astype(np.min_scalar_type(int(out.max(initial=0))) if out.min(initial=0) >= 0 else np.int16), said
 
 # %% ../nbs/15_doctor.ipynb #937a69b3
-def _mend(file, findings, is_label, first, label_map):
+def _mend(file, findings, is_label, first, label_map, header):
     "Repair one file: (array (Z, Y, X) or (C, Z, Y, X), Geometry, its log without paths), or None if nothing is to be done"
     kinds = {f.kind for f in findings}
-    array, geometry = read_stored(file, is_label)
+    array, geometry = read_stored(file, is_label, header)
     array, said, ops = array[0] if len(array) == 1 else array, [], []
     log = dict(voxels_before=_voxels(array), geometry_before=geometry.to_dict())
     def change(new):
@@ -1020,14 +1039,14 @@ def _link(source, target):
 # %% ../nbs/15_doctor.ipynb #bd359841
 def _repair_case(job):
     "Write the files of one case into the copy, changed where a finding says so: logs of the changed files"
-    case, files, findings, out, label_map, is_test = job
+    case, files, findings, out, label_map, is_test, header = job
     logs, first = [], None
     for i, source in enumerate([*files['images'], *([files['label']] if files['label'] else [])]):
         is_label, ending = source == files['label'], image_ending(source)
         part = 'labelsTr' if is_label else 'imagesTs' if is_test else 'imagesTr'
         mine = [f for f in findings if f.file == source or f.kind == 'orientation']
-        if first is None: first = read_geometry(source)
-        done = _mend(source, mine, is_label, first, label_map) if mine else None
+        if first is None: first = read_geometry(source, header=header)
+        done = _mend(source, mine, is_label, first, label_map, header) if mine else None
         if done and ending.lower() in ('', '.nhdr', '.mhd', '.jpg', '.jpeg'): ending = '.nii.gz'
         target = Path(out)/part/(case + ('' if is_label else f'_{i:04d}') + ending)
         if not done: _link(source, target); continue
@@ -1048,19 +1067,41 @@ def _sort_out(report, label_map):
     return out, {c: m for c, m in mend.items() if c not in out}, stays
 
 # %% ../nbs/15_doctor.ipynb #bf99f7e6
-def _promise(original, left_out):
+def _placed(out, case):
+    "Entry of the key `dataset`: the files of a case in the copy"
+    def named(part, pattern): return sorted(f'{part}/{p.name}' for p in (out/part).iterdir() if re.fullmatch(pattern, _stem(p.name) or p.name))
+    images = named('imagesTr', rf'{re.escape(case)}_\d{{4}}') or named('imagesTs', rf'{re.escape(case)}_\d{{4}}')
+    return dict(images=images, **{'label': f for f in named('labelsTr', re.escape(case))})
+
+def _promise(original, left_out, out):
     "dataset.json of the copy: the original without the cases left out"
     d = dict(original)
     def kept(entry):
         name = (entry.get('label', entry.get('image')) if isinstance(entry, dict) else entry)
         return re.sub(r'_0000$', '', _stem(Path(name).name)) not in left_out and _stem(Path(name).name) not in left_out
-    for key in ('training', 'test'):
+    for key in ('training', 'test', 'dataset'):
         if isinstance(d.get(key), list): d[key] = [e for e in d[key] if kept(e)]
-    if isinstance(d.get('dataset'), dict): d.pop('dataset')
-    if 'numTraining' in d: d['numTraining'] = len(d['training']) if isinstance(d.get('training'), list) else d['numTraining'] - sum(not g.get('test') for g in left_out.values())
+        if isinstance(d.get(key), dict): d[key] = {c: _placed(out, c) for c in d[key] if c not in left_out}
+    if 'numTraining' in d: d['numTraining'] -= sum(not g['test'] for g in left_out.values())
     return d
 
 # %% ../nbs/15_doctor.ipynb #a0bdb6e3
+def _gone(report, case, reason):
+    "What the log says of a case left out: why, its files and their checksums"
+    files = report.cases[case]
+    images, label = [os.path.abspath(p) for p in files['images']], files['label'] and os.path.abspath(files['label'])
+    there = [p for p in (*images, label) if p and os.path.exists(p)]
+    return dict(reason=reason, images=images, label=label, test=case in report.test_cases, sha256={p: _checksum(p) for p in there})
+
+def _refuse(dataset, report, out):
+    "Raise DoctorError where a repair could do harm"
+    if out.is_dir() and any(out.iterdir()): raise DoctorError('the folder for the repaired copy is not empty', file=out, fix='name another folder')
+    if dataset.folder.resolve() in [out.resolve(), *out.resolve().parents]: raise DoctorError('the copy would lie inside the data set', file=out,
+                          fix='name a folder outside')
+    if dataset.folder.resolve() != Path(report.folder).resolve(): raise DoctorError('the report is about another data set', found=report.folder, expected=dataset.folder,
+                          fix='examine this one')
+
+# %% ../nbs/15_doctor.ipynb #ee8565ef
 def repair(
     dataset,               # `Dataset`, or its folder, that `report` is about
     report:Report,         # From `examine`
@@ -1070,23 +1111,22 @@ def repair(
     progress=True,         # As in `parallel_map`
 )->dict:                   # What was done, also in out/repair.json: enough to undo every change
     "Write a repaired copy of a data set, which links to the files that need no repair; raises `DoctorError`"
-    dataset, out, label_map = dataset if hasattr(dataset, 'image_files') else Dataset(dataset), Path(out), {int(k): int(v) for k, v in (label_map or {}).items()}
-    if out.is_dir() and any(out.iterdir()): raise DoctorError('the folder for the repaired copy is not empty', file=out, fix='name another folder')
-    if dataset.folder.resolve() in [out.resolve(), *out.resolve().parents]: raise DoctorError('the copy would lie inside the data set', file=out, fix='name a folder outside')
-    if str(dataset.folder) != report.folder: raise DoctorError('the report is about another data set', found=report.folder, expected=dataset.folder, fix='examine this one')
+    dataset, out = dataset if hasattr(dataset, 'image_files') else Dataset(dataset), Path(out)
+    label_map = {int(k): int(v) for k, v in (label_map or {}).items()}
+    _refuse(dataset, report, out)
     left_out, mend, stays = _sort_out(report, label_map)
     kept = [c for c in report.cases if c not in left_out]
     check_writable(out.parent)
     part = out.parent/f'.{uuid.uuid4().hex[:12]}.{out.name}'
     try:
         for folder in ('imagesTr', 'labelsTr', 'imagesTs'): (part/folder).mkdir(parents=True)
-        jobs = [(c, report.cases[c], mend.get(c, []), str(part), label_map, c in report.test_cases) for c in kept]
+        jobs = [(c, report.cases[c], mend.get(c, []), str(part), label_map, c in report.test_cases, dataset.header) for c in kept]
         if n_workers is None and not mend: n_workers = 0
         changed = [l for logs in parallel_map(_repair_case, jobs, n_workers, names=kept, step='repairing', progress=progress) for l in logs]
-        gone = {c: dict(reason=r, images=report.cases[c]['images'], label=report.cases[c]['label'], test=c in report.test_cases,
-                        sha256={p: _checksum(p) for p in [*report.cases[c]['images'], report.cases[c]['label']] if p and os.path.exists(p)}) for c, r in left_out.items()}
-        log = dict(source=str(dataset.folder.resolve()), dataset_json=dataset.json, changed=changed, left_out=gone, not_repaired=stays, linked=len(kept) - len({l['case'] for l in changed}))
-        write_json(_promise(dataset.json, gone), part/'dataset.json')
+        gone = {c: _gone(report, c, why) for c, why in left_out.items()}
+        log = dict(source=str(dataset.folder.resolve()), dataset_json=dataset.json, changed=changed, left_out=gone, not_repaired=stays,
+                   linked=len(kept) - len({l['case'] for l in changed}))
+        write_json(_promise(dataset.json, gone, part), part/'dataset.json')
         write_json(log, part/'repair.json')
         if out.is_dir(): out.rmdir()
         os.replace(part, out)
@@ -1099,12 +1139,13 @@ def _undo_file(out, log):
     file = Path(out)/log['file']
     array, _ = read_stored(file, log['file'].startswith('labelsTr'))
     array = array[0] if len(array) == 1 else array
-    if _voxels(array) != log['voxels_after']: raise DoctorError('the file was changed after the repair', case=log['case'], file=file, fix=f'take {log["source"]}')
+    def refuse(why): raise DoctorError(why, case=log['case'], file=file, fix=f'take {log["source"]}')
+    if _voxels(array) != log['voxels_after']: refuse('the file was changed after the repair')
     for op in log['ops'][::-1]:
         array = _turned_back(array, op['permutation'], op['flips']) if op['op'] == 'axes' else restore(array, op)
-    if _voxels(array) != log['voxels_before']: raise DoctorError('the log does not lead back to the original', case=log['case'], file=file, fix=f'take {log["source"]}')
+    if _voxels(array) != log['voxels_before']: refuse('the log does not lead back to the original')
     write_image(array, Geometry.from_dict(log['geometry_before']), file)
-    if read_geometry(file).to_dict() != log['geometry_before']: raise DoctorError('this format does not hold the original header exactly', case=log['case'], file=file, fix=f'take {log["source"]}')
+    if read_geometry(file).to_dict() != log['geometry_before']: refuse('this format does not hold the original header exactly')
 
 # %% ../nbs/15_doctor.ipynb #6ad4bec3
 def _bring_back(out, case, gone):
@@ -1129,7 +1170,7 @@ def undo(
     for c, g in gone.items(): _bring_back(out, c, g)
     log['changed'] = [l for l in log['changed'] if l not in changed]
     log['left_out'] = {c: g for c, g in log['left_out'].items() if c not in gone}
-    write_json(_promise(log['dataset_json'], log['left_out']), out/'dataset.json')
+    write_json(_promise(log['dataset_json'], log['left_out'], out), out/'dataset.json')
     write_json(log, out/'repair.json')
     return [l['file'] for l in changed] + list(gone)
 
