@@ -44,7 +44,8 @@ def _find(folder, stem, ending):
     if file.exists(): return file
     others = [f for f in (Path(folder, stem + e) for e in ('', *IMAGE_ENDINGS)) if f.exists()]
     if len(others) > 1:
-        raise DatasetError('several files of one name', file=file, found=', '.join(f.name for f in others), fix='move away those that are not meant')
+        raise DatasetError('several files of one name', file=file, found=', '.join(f.name for f in others),
+                           fix='move away those that are not meant')
     return others[0] if others else file
 
 def _channel_files(folder, case, n_channels, ending):
@@ -108,6 +109,7 @@ def _channels(json, file):
                            expected='{"0": "CT"} or {"0": "T1", "1": "T2"}')
     return tuple(named[str(i)] for i in range(len(named)))
 
+# %% ../nbs/14_dataset.ipynb #5d2d7e70
 def _identifiers(entries, file, ending):
     "Turn the entries of `training` ({image, label}) or `test` (image) into case identifiers"
     cases = []
@@ -131,7 +133,8 @@ def _references(entries, file, n_channels, labelled):
     def place(name): return Path(file.parent, os.path.expandvars(name))  # an absolute name stays absolute
     for case, e in sorted(entries.items()):
         images, label = (e.get('images'), e.get('label')) if isinstance(e, dict) else (None, None)
-        if not isinstance(images, list) or not all(isinstance(n, str) for n in images) or not isinstance(label, str) and (labelled or label is not None):
+        right = isinstance(images, list) and all(isinstance(n, str) for n in images)
+        if not right or not isinstance(label, str) and (labelled or label is not None):
             raise DatasetError('an entry of the key "dataset" cannot be read', case=case, found=repr(e)[:120], **told)
         if len(images) not in (1, n_channels):
             raise DatasetError('wrong number of image files', case=case, file=file, found=len(images), expected=n_channels)
@@ -146,7 +149,8 @@ class Description:
     ):
         self.folder, file = Path(folder), Path(folder)/'dataset.json'
         if not file.is_file():
-            raise DatasetError('dataset.json is missing', file=self.folder, fix='give the folder that holds dataset.json, imagesTr and labelsTr')
+            raise DatasetError('dataset.json is missing', file=self.folder,
+                               fix='give the folder that holds dataset.json, imagesTr and labelsTr')
         self.json = read_json(file)
         if not isinstance(self.json, dict):
             raise DatasetError('dataset.json must hold an object {...}', file=file, found=type(self.json).__name__)
@@ -203,15 +207,18 @@ class Dataset(Description):
     )->Case:        # `label` is None for a test case
         "Read a case; raises a SegnbError if a file is missing, damaged or contradicts another"
         if case not in self.cases and case not in self.test_cases:
-            raise DatasetError('there is no such case', case=case, file=self.folder, found=f'{len(self.cases)} cases: {", ".join(self.cases[:5])}, ...')
+            raise DatasetError('there is no such case', case=case, file=self.folder,
+                               found=f'{len(self.cases)} cases: {", ".join(self.cases[:5])}, ...')
         files = self.image_files(case)
         image, geometry = read_image(files, header=self.header)
         if len(image) != len(self.channels):
-            raise DatasetError('wrong number of channels', case=case, file=files[0], found=len(image), expected=f'{len(self.channels)}: {", ".join(self.channels)}')
+            raise DatasetError('wrong number of channels', case=case, file=files[0], found=len(image),
+                               expected=f'{len(self.channels)}: {", ".join(self.channels)}')
         if case not in self.cases: return Case(case, image, None, geometry, tuple(files))
         label, grid = read_label_map(label_file := self.label_file(case), header=self.header)
         if grid.shape != geometry.shape:
-            raise DatasetError('label map and image differ in shape', case=case, file=label_file, found=grid.shape, expected=geometry.shape)
+            raise DatasetError('label map and image differ in shape', case=case, file=label_file, found=grid.shape,
+                               expected=geometry.shape)
         return Case(case, image, self.labels.encode(label, case, label_file), geometry, tuple(files))
 
 # %% ../nbs/14_dataset.ipynb #d92a4c90
@@ -220,16 +227,17 @@ def _voxel_findings(case, file, image):
     if not image.size or np.isfinite(image.sum(dtype=np.float64)): return []
     at = np.argwhere(~np.isfinite(image))
     if not len(at): return []  # the sum was too large, no voxel is
-    return [str(DatasetError('voxels that are not numbers', case=case, file=file, expected='finite values', fix='replace them, for instance by the value of air',
-                             found=f'{len(at)} NaN or infinite, the first at (z, y, x) = {tuple(int(i) for i in at[0][1:])}'))]
+    return [str(DatasetError('voxels that are not numbers', case=case, file=file, expected='finite values',
+                             fix='replace them, for instance by the value of air', found=
+                             f'{len(at)} NaN or infinite, the first at (z, y, x) = {tuple(int(i) for i in at[0][1:])}'))]
 
 def _read_findings(case, file, read, header, first):
     "Read one file of a case, once: (array or None, geometry, findings); `first` is (file, geometry) of the first image"
     try: array, geometry = read(file, header=header)
     except ImageError as e: return None, None, [f'case {case}, {e}']
     apart = geometry.differences(first[1]) if first else []
-    return array, geometry, [str(DatasetError('not on the grid of the first channel', case=case, file=file, found=d, expected=f'as {first[0].name}',
-                                              fix='resample it, or correct its header')) for d in apart]
+    return array, geometry, [str(DatasetError('not on the grid of the first channel', case=case, file=file, found=d,
+                                              expected=f'as {first[0].name}', fix='resample it, or correct its header')) for d in apart]
 
 def _image_findings(dataset, case, expected):
     "Examine the images of a case one by one: (findings, (file, geometry) of the first)"
@@ -245,7 +253,8 @@ def _image_findings(dataset, case, expected):
         out += _voxel_findings(case, file, image)
         counts.append(len(image)); filled = filled or image.any()
     if len(counts) < len(expected): return out, first
-    if not filled: out.append(str(DatasetError('the image is zero everywhere', case=case, file=expected[0], fix='export it again or leave the case out')))
+    if not filled:
+        out.append(str(DatasetError('the image is zero everywhere', case=case, file=expected[0], fix='export it again or leave the case out')))
     if sum(counts) != len(dataset.channels):
         out.append(str(DatasetError('wrong number of channels', case=case, file=expected[0], found=sum(counts),
                                     expected=f'{len(dataset.channels)}: {", ".join(dataset.channels)}')))
@@ -260,7 +269,8 @@ def _case_findings(job):
     out, first = _image_findings(dataset, case, expected)
     if not label: return out
     if not label.exists():
-        return out + [str(DatasetError('the label map is missing', case=case, file=label, fix='add it, or take the case out of dataset.json'))]
+        return out + [str(DatasetError('the label map is missing', case=case, file=label,
+                                       fix='add it, or take the case out of dataset.json'))]
     values, _, wrong = _read_findings(case, label, read_label_map, dataset.header, first)
     out += wrong
     if values is not None:
@@ -274,7 +284,8 @@ def _surplus(dataset):
     for part, cases in (('imagesTr', dataset.cases), ('labelsTr', dataset.cases), ('imagesTs', dataset.test_cases)):
         if part == 'imagesTs' and not cases: continue  # test images need not be listed
         stems = set(cases) if part == 'labelsTr' else {f'{c}_{i:04d}' for c in cases for i in range(len(dataset.channels))}
-        out += [str(DatasetError('a file that belongs to no case of dataset.json', file=dataset.folder/part/n, fix='list its case, or move it away'))
+        out += [str(DatasetError('a file that belongs to no case of dataset.json', file=dataset.folder/part/n,
+                                 fix='list its case, or move it away'))
                 for n, stem in _listing(dataset.folder/part).items() if stem not in stems]
     return out
 
@@ -385,6 +396,7 @@ def _free_place(c):
         raise DatasetError('the target lies inside the source, where nothing is written', file=c.out, fix='choose a folder elsewhere')
     return out
 
+# %% ../nbs/14_dataset.ipynb #cc61b741
 def _entries(c, missed):
     "The part of dataset.json that lists cases: names, or paths where a file could not be linked"
     def at(target, file): return str(Path(os.path.abspath(file))) if target in missed else target
@@ -395,18 +407,21 @@ def _entries(c, missed):
     end = ends[0] if len(ends) == 1 else '.nii.gz'
     out = {'file_ending': end, 'numTraining': len(c.train)}
     if missed: return out | {'dataset': placed('Tr', c.train), 'test': placed('Ts', c.test)}
-    named = [{'image': f'./imagesTr/{case}{end}', 'label': f'./labelsTr/{case}{_suffix(label)}'} for case, (_, label) in c.train.items()]
+    named = [{'image': f'./imagesTr/{case}{end}', 'label': f'./labelsTr/{case}{_suffix(label)}'}
+             for case, (_, label) in c.train.items()]
     return out | {'training': named, 'test': [f'./imagesTs/{case}{end}' for case in c.test]}
 
+# %% ../nbs/14_dataset.ipynb #c36e1f14
 def _carry_out(c, dry_run, link, n_workers):
     "Make the data set, whole or not at all; with `dry_run` only say what would be done"
-    if link not in (ways := ('auto', 'symlink', 'hardlink', 'reference')): raise DatasetError('there is no such way to link', found=link, expected=', '.join(ways))
+    if link not in (ways := ('auto', 'symlink', 'hardlink', 'reference')):
+        raise DatasetError('there is no such way to link', found=link, expected=', '.join(ways))
     out = _free_place(c)
     if dry_run: return c
     check_writable(out.parent, 3 * sum(f.stat().st_size for f in c.writes()))
     part = out.with_name(f'.{out.name}.{uuid.uuid4().hex[:8]}.converting')
     try:
-        for target in [*c.links(), *(t for several in c.writes().values() for t in several)]: (part/target).parent.mkdir(parents=True, exist_ok=True)
+        for folder in {Path(t).parent for t in [*c.links(), *sum(c.writes().values(), [])]}: (part/folder).mkdir(parents=True)
         missed = [target for target, file in c.links().items() if not _link(file, part/target, link)]
         if missed and link not in ('auto', 'reference') and not all(m.endswith(PAIRS) for m in missed):
             raise DatasetError(f'this place takes no {link}', file=out, fix="use link='reference'")
@@ -429,6 +444,10 @@ def _target(out, name):
     "The folder to make: `out` if it is called like a task, else a task folder inside it"
     return Path(out) if re.fullmatch(r'(Task|Dataset)\d{3}_.+', Path(out).name) else Path(out)/_task_name(name)
 
+def _description(out, channels, labels):
+    "A new dataset.json, but for its cases"
+    return {'name': Path(out).name, 'channel_names': {str(i): n for i, n in enumerate(channels)}, **labels}
+
 def _junk(folder):
     "A note about hidden files, which are passed over"
     hidden = sorted(f.name for f in Path(folder).rglob('._*'))
@@ -445,7 +464,8 @@ def convert_decathlon(
     "Make a data set of a Decathlon task: links where there is one channel, files split by channel where there are several; raises DatasetError"
     source = Path(source)
     file = source/'dataset.json'
-    if not file.is_file(): raise DatasetError('dataset.json is missing', file=source, fix='give the task folder itself, such as Task04_Hippocampus')
+    if not file.is_file():
+        raise DatasetError('dataset.json is missing', file=source, fix='give the task folder itself, such as Task04_Hippocampus')
     json, wrong, cases = read_json(file), [], {'training': {}, 'test': {}}
     channels = _channels(json, file)
     Labels.from_dict(json, file)
@@ -453,7 +473,8 @@ def convert_decathlon(
         for e in _key(json, file, (key,), list, []):
             names = (e.get('image'), e.get('label')) if isinstance(e, dict) else (e, None)
             if not isinstance(names[0], str) or key == 'training' and not isinstance(names[1], str):
-                raise DatasetError('an entry cannot be read', file=file, found=repr(e)[:120], expected='{"image": "...", "label": "..."}')
+                raise DatasetError('an entry cannot be read', file=file, found=repr(e)[:120],
+                                   expected='{"image": "...", "label": "..."}')
             if Path(names[0]).name.startswith('._'): continue
             image, label = [source/n if n and key == 'training' or n == names[0] else None for n in names]
             found[_stem(image.name) or image.name] = [image], label
@@ -485,14 +506,18 @@ def convert_brats(
         m = re.search(r'_(flair|t1ce|t1|t2|segm?)\.nii(\.gz)?$', file.name, re.I)
         if not m or file.name.startswith('.') or not file.is_file(): continue
         kind, case = 'seg' if m[1].lower() == 'segm' else m[1].lower(), file.parent.name
-        if (known := found.setdefault(case, {}).setdefault(kind, file)) is not file: wrong.append(f'case {case}: two files for {kind}, {known.name} and {file.name}')
-    if not found: raise DatasetError('no BraTS files here', file=source, expected='folders such as BraTS20_Training_001 with BraTS20_Training_001_flair.nii')
+        if (known := found.setdefault(case, {}).setdefault(kind, file)) is not file:
+            wrong.append(f'case {case}: two files for {kind}, {known.name} and {file.name}')
+    if not found:
+        raise DatasetError('no BraTS files here', file=source,
+                           expected='folders such as BraTS20_Training_001 with BraTS20_Training_001_flair.nii')
     for case, files in found.items():
         wrong += [f'case {case}: {kind} is missing' for kind in BRATS_CHANNELS if kind not in files]
         if 'seg' not in files and 'training' in case.lower(): wrong.append(f'case {case}: seg is missing')
     if wrong: raise _listed('BraTS needs four channels per patient, and seg for training', source, wrong)
-    train, test = ({c: ([f[k] for k in BRATS_CHANNELS], f.get('seg')) for c, f in found.items() if ('seg' in f) == known} for known in (True, False))
-    json = {'name': Path(out).name, 'channel_names': {str(i): n for i, n in enumerate(BRATS_CHANNELS.values())}, **(BRATS_REGIONS if regions else BRATS_LABELS)}
+    train, test = ({c: ([f[k] for k in BRATS_CHANNELS], f.get('seg')) for c, f in found.items() if ('seg' in f) == known}
+                   for known in (True, False))
+    json = _description(out, BRATS_CHANNELS.values(), BRATS_REGIONS if regions else BRATS_LABELS)
     return _carry_out(Conversion(source, Path(out), json, train, test, notes=tuple(_junk(source))), dry_run, link, 0)
 
 # %% ../nbs/14_dataset.ipynb #bcf880db
@@ -508,10 +533,12 @@ def convert_nnunet(
     data = Dataset(folder)
     train = {c: (data.image_files(c), data.label_file(c)) for c in data.cases}
     test = {c: (data.image_files(c), None) for c in data.test_cases if c not in data.cases}
-    wrong = [f'case {c}: {f} is missing' for c, (images, label) in (train | test).items() for f in [*images, *[label] * (label is not None)] if not f.exists()]
+    wrong = [f'case {c}: {f} is missing' for c, (images, label) in (train | test).items()
+             for f in [*images, *[label] * (label is not None)] if not f.exists()]
     if not train: wrong.append('no training cases')
     if wrong: raise _listed('the source is not whole', folder, wrong)
-    return _carry_out(Conversion(folder, _target(out, folder.resolve().name), data.json, train, test, notes=tuple(_junk(folder))), dry_run, link, 0)
+    c = Conversion(folder, _target(out, folder.resolve().name), data.json, train, test, notes=tuple(_junk(folder)))
+    return _carry_out(c, dry_run, link, 0)
 
 def _one_task(source, task):
     "The task folder that is meant, in or below `source`"
@@ -521,14 +548,16 @@ def _one_task(source, task):
         number = re.fullmatch(r'(?:Task|Dataset)?0*(\d+)', str(task))
         found = {n: f for n, f in found.items() if n == task or number and re.match(rf'(Task|Dataset)0*{number[1]}_', n)}
     if len(found) != 1:
-        raise DatasetError('no task here' if not found else 'several tasks here', file=source, found=', '.join(found) or 'no dataset.json',
+        raise DatasetError('no task here' if not found else 'several tasks here', file=source,
+                           found=', '.join(found) or 'no dataset.json',
                            expected='one' if task is None else task, fix='give the task folder, or its number as `task`')
     return next(iter(found.values()))
 
 # %% ../nbs/14_dataset.ipynb #732b97af
 def _fits(folder, pattern, tokens=None):
     "Find the files below a folder that fit a pattern: {(case, channel or None): [paths]}, and the others"
-    where, seen = {'case': r'[^/]+', 'channel': '|'.join(map(re.escape, tokens)) if tokens else r'[^/_.]+', 'ending': '|'.join(map(re.escape, IMAGE_ENDINGS))}, set()
+    def one_of(texts): return '|'.join(map(re.escape, texts))
+    where, seen = {'case': r'[^/]+', 'channel': one_of(tokens) if tokens else r'[^/_.]+', 'ending': one_of(IMAGE_ENDINGS)}, set()
     def group(m):
         name = m[1]
         if name not in where: raise DatasetError('a pattern knows {case}, {channel} and {ending}', found=m[0])
@@ -547,10 +576,12 @@ def _fits(folder, pattern, tokens=None):
 
 def _tokens(channels, found, pattern):
     "Order the channel texts found in file names: {text: channel name}"
-    told = dict(found=f'{", ".join(map(str, found)) or "no channel"} in the file names', expected="channels={'flair': 'FLAIR', 't1': 'T1'} or, in the order of their numbers, ('FLAIR', 'T1')")
+    told = dict(found=f'{", ".join(map(str, found)) or "no channel"} in the file names',
+                expected="channels={'flair': 'FLAIR', 't1': 'T1'} or, in the order of their numbers, ('FLAIR', 'T1')")
     if isinstance(channels, dict): return {str(k): str(v) for k, v in channels.items()}
     names = [channels] if isinstance(channels, str) else [str(c) for c in channels or ()]
-    if not names or len(set(names)) < len(names): raise DatasetError("name the channels in order; 'CT' is normalised by its HU, all else by its mean and sd", **told)
+    if not names or len(set(names)) < len(names):
+        raise DatasetError("name the channels in order; 'CT' is normalised by its HU, all else by its mean and sd", **told)
     if '{channel}' not in pattern:
         if len(names) == 1: return {None: names[0]}
         raise DatasetError('several channels need {channel} in the pattern', found=pattern)
@@ -563,7 +594,8 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
     "Match images and label maps: (train, test, channel names, notes); raises DatasetError listing every file without partner"
     for folder in (images, labels):
         if not folder.is_dir(): raise DatasetError('there is no such folder', file=folder)
-    if unlabelled not in ('refuse', 'test'): raise DatasetError('no such choice for unlabelled', found=unlabelled, expected='refuse or test')
+    if unlabelled not in ('refuse', 'test'):
+        raise DatasetError('no such choice for unlabelled', found=unlabelled, expected='refuse or test')
     truth, rest = _fits(labels, label_pattern)
     found, other = _fits(images, pattern, channels if isinstance(channels, dict) else None)
     if images.resolve() == labels.resolve():  # what fits both patterns belongs to the one that says more
@@ -585,7 +617,8 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
     both = {c: ([found[c, t][0] for t in tokens], known.get(c)) for c in cases}
     aside = sorted({f.name for f in [*rest, *other, *unused]})
     notes = [f'{_count(len(aside), "file")} not used, such as {aside[0]}'] if aside else []
-    return {c: v for c, v in both.items() if v[1]}, {c: v for c, v in both.items() if not v[1]}, list(tokens.values()), notes + _junk(images)
+    train, test = ({c: v for c, v in both.items() if bool(v[1]) == known} for known in (True, False))
+    return train, test, list(tokens.values()), notes + _junk(images)
 
 # %% ../nbs/14_dataset.ipynb #875e15f6
 def _values_job(file):
@@ -602,8 +635,10 @@ def _declaration(classes, order, counts):
     values = sorted({v for c in counts for v in c} | {0})
     if values == list(range(len(values))) and len(values) > 1: return {'labels': {'background': 0, **{f'label {v}': v for v in values[1:]}}}
     hint = "classes={'background': 0, 'cell': 255}" if values == [0, 255] else "classes={'background': 0, 'liver': 1, ...}"
-    raise DatasetError('what the label values mean must be declared', found=', '.join(map(str, values[:20])) + ', ...' * (len(values) > 20),
-                       expected='0, 1, 2, ... without gaps', fix=hint if len(values) < 30 else 'so many values are no labels: was the mask interpolated, or stored as JPEG?')
+    raise DatasetError('what the label values mean must be declared',
+                       found=', '.join(map(str, values[:20])) + ', ...' * (len(values) > 20),
+                       expected='0, 1, 2, ... without gaps',
+                       fix=hint if len(values) < 30 else 'so many values are no labels: was the mask interpolated, or stored as JPEG?')
 
 def _read_values(files, n_workers):
     "Count the values of many label maps; raises DatasetError listing those that cannot be read"
@@ -630,7 +665,7 @@ def convert_pairs(
     images, labels = Path(images), Path(labels)
     train, test, names, notes = _pairs(images, labels, pattern, label_pattern, channels, unlabelled)
     counts = [] if classes is not None else _read_values([label for _, label in train.values()], n_workers)
-    json = {'name': Path(out).name, 'channel_names': {str(i): n for i, n in enumerate(names)}, **_declaration(classes, regions_class_order, counts)}
+    json = _description(out, names, _declaration(classes, regions_class_order, counts))
     c = Conversion(images, Path(out), json, train, test, notes=tuple(notes))
     _free_place(Conversion(labels, Path(out), json, train, test))
     return _carry_out(c, dry_run, link, n_workers)
@@ -644,7 +679,8 @@ def _picture_job(job):
     if mask is None: return len(picture), {}, []
     try: labels, own = read_label_map(mask)
     except SegnbError as e: return len(picture), {}, [f'case {case}, {e}']
-    wrong = [str(DatasetError('picture and mask differ in size', case=case, file=mask, found=own.shape[1:], expected=grid.shape[1:]))] if own.shape != grid.shape else []
+    wrong = [str(DatasetError('picture and mask differ in size', case=case, file=mask, found=own.shape[1:],
+                              expected=grid.shape[1:]))] if own.shape != grid.shape else []
     return len(picture), count_labels(labels), wrong
 
 def _undeclared(json, jobs, seen):
@@ -674,11 +710,12 @@ def convert_pictures(
     seen = parallel_map(_picture_job, jobs, n_workers, names=[j[0] for j in jobs], step='opening pictures')
     wrong, depths = [w for *_, several in seen for w in several], [n for n, *_ in seen if n]
     usual = max(set(depths), key=depths.count, default=1)
-    wrong += [f'case {j[0]}, file {j[1]}: {n} channel(s), but most pictures have {usual}' for j, (n, *_) in zip(jobs, seen) if n not in (0, usual)]
+    wrong += [f'case {j[0]}, file {j[1]}: {n} channel(s), but most pictures have {usual}'
+              for j, (n, *_) in zip(jobs, seen) if n not in (0, usual)]
     if wrong: raise _listed('the pictures do not fit together', images, wrong)
     names = list(channels or (('red', 'green', 'blue') if usual == 3 else ('grey',)))
     if len(names) != usual: raise DatasetError('wrong number of channel names', file=images, found=names, expected=f'{usual}')
-    json = {'name': Path(out).name, 'channel_names': {str(i): n for i, n in enumerate(names)}, **_declaration(classes, None, [c for _, c, _ in seen])}
+    json = _description(out, names, _declaration(classes, None, [counts for _, counts, _ in seen]))
     if wrong := _undeclared(json, jobs, seen): raise _listed('masks hold values that are not declared', masks, wrong)
     _free_place(Conversion(masks, Path(out), json, train, test))
     return _carry_out(Conversion(images, Path(out), json, train, test, notes=tuple(notes)), dry_run, link, n_workers)

@@ -22,7 +22,8 @@ def count_labels(
 )->dict:        # {value: number of voxels}, only values that occur, ascending
     "Count the voxels of each value"
     flat = np.asarray(label_map).ravel()
-    if flat.dtype.kind not in 'biu': raise LabelError('labels must be integers', found=f'an array of {flat.dtype}', fix='read it with read_label_map')
+    if flat.dtype.kind not in 'biu':
+        raise LabelError('labels must be integers', found=f'an array of {flat.dtype}', fix='read it with read_label_map')
     if not flat.size: return {}
     lowest = int(flat.min())
     if int(flat.max()) - lowest > 1 << 16: return {int(v): int(n) for v, n in zip(*np.unique(flat, return_counts=True))}
@@ -42,12 +43,14 @@ def _number(number, name, file, text=False):
 def _declared(declared, file):
     "Read either spelling of the key `labels` into {name: file values}; an ordinary class has one value"
     if not isinstance(declared, dict) or not declared:
-        raise LabelError('the key "labels" must map numbers to names', file=file, found=declared, expected='{"0": "background", "1": "..."}')
+        raise LabelError('the key "labels" must map numbers to names', file=file, found=declared,
+                         expected='{"0": "background", "1": "..."}')
     text, out = all(isinstance(v, str) for v in declared.values()), {}  # v1 puts the number first
     for key, value in declared.items():
         name, numbers = (value, [key]) if text else (key, value if isinstance(value, (list, tuple)) else [value])
         values = tuple(_number(n, name, file, text) for n in numbers)
-        if not isinstance(name, str) or not name.strip(): raise LabelError('a label needs a name', file=file, found=f'{key!r}: {value!r}')
+        if not isinstance(name, str) or not name.strip():
+            raise LabelError('a label needs a name', file=file, found=f'{key!r}: {value!r}')
         if name in out: raise LabelError('a name is declared twice', file=file, found=f'"{name}" for {out[name][0]} and {values[0]}')
         if not values or len(set(values)) < len(values):
             raise LabelError('a region is made of labels, each named once', file=file, found=f'"{name}": {list(numbers)}')
@@ -66,23 +69,28 @@ def _indices(declared, file):
     if max(map(len, classes.values())) == 1 and len(values) < len(classes):
         raise LabelError('a value is declared twice', file=file, found=classes, expected='one name for each value')
     if len(ignored) > 1 or set(ignored) & set(values):
-        raise LabelError('the ignore label must be one value that no class has', file=file, found=list(ignored), expected=f'none of {values}')
+        raise LabelError('the ignore label must be one value that no class has', file=file, found=list(ignored),
+                         expected=f'none of {values}')
     return {v: i for i, v in enumerate([*values, *ignored])}
 
 # %% ../nbs/12_labels.ipynb #d57c8448
 def _region_order(regions, order, file):
     "Check which file value each region writes, and that later regions leave something of the earlier ones"
     told = dict(file=file, expected=f'one label for each of the {len(regions)} regions ' + ', '.join(f'"{n}"' for n in regions))
-    if order is None: raise LabelError('regions need the key "regions_class_order"', fix='name for each region the label that it writes, in the same order', **told)
+    if order is None:
+        raise LabelError('regions need the key "regions_class_order"',
+                         fix='name for each region the label that it writes, in the same order', **told)
     if not isinstance(order, (list, tuple)) or len(order) != len(regions):
         raise LabelError('the key "regions_class_order" has the wrong length', found=order, **told)
     order, names = [_number(v, 'regions_class_order', file) for v in order], list(regions)
     for i, (name, v) in enumerate(zip(names, order)):
         if v not in regions[name]:
-            raise LabelError(f'the region "{name}" writes a label that it does not hold', file=file, found=v, expected=f'one of {list(regions[name])}')
+            raise LabelError(f'the region "{name}" writes a label that it does not hold', file=file, found=v,
+                             expected=f'one of {list(regions[name])}')
         for later in names[i + 1:]:
             if set(regions[name]) <= set(regions[later]):
-                raise LabelError(f'the region "{name}" can never be seen', file=file, found=f'"{later}" is written later and covers all of it',
+                raise LabelError(f'the region "{name}" can never be seen', file=file,
+                                 found=f'"{later}" is written later and covers all of it',
                                  fix='put the larger region first, in "labels" and in "regions_class_order"')
     return order
 
@@ -98,7 +106,8 @@ class LabelNames:
 
     def __post_init__(self):
         if sorted(self.names) != list(range(len(self.names))):
-            raise LabelError('class indices must be 0 (background), 1, 2, ... without gaps', found=sorted(self.names), fix='read other values with Labels.from_dict')
+            raise LabelError('class indices must be 0 (background), 1, 2, ... without gaps', found=sorted(self.names),
+                             fix='read other values with Labels.from_dict')
         indices = [*range(len(self.names))] + [self.ignore] * (self.ignore is not None)
         object.__setattr__(self, 'values', self.values or {i: i for i in indices})
         object.__setattr__(self, 'regions', self.regions or {})
@@ -144,9 +153,8 @@ def to_dict(self:LabelNames,
     return {'labels': named if spelling == 'v2' else {str(value): name for name, value in named.items()}}
 
 # %% ../nbs/12_labels.ipynb #348c0b52
-@dataclass(frozen=True)
-class Labels(LabelNames):
-    "Check, translate, spread and decide label maps by the classes of a data set"
+class _Tables:
+    "Look up file values and class indices"
     @cached_property
     def _index_of(self):
         "Table from file value to class index, -1 where nothing is declared"
@@ -165,6 +173,10 @@ class Labels(LabelNames):
         "Whether file values and class indices are the same numbers"
         return all(i == v for i, v in self.values.items())
 
+# %% ../nbs/12_labels.ipynb #94a6b844
+@dataclass(frozen=True)
+class Labels(LabelNames, _Tables):
+    "Check, translate, spread and decide label maps by the classes of a data set"
     def encode(self,
         file_map,      # Integer array of any shape: values as in the file
         case=None,     # Case identifier, for the message
@@ -172,10 +184,13 @@ class Labels(LabelNames):
     )->np.ndarray:     # Class indices, int16; where they equal the values, `file_map` itself and not a copy
         "Translate file values into class indices; raises LabelError if a value occurs that is not declared"
         m, table = np.asarray(file_map), self._index_of
-        if m.dtype.kind == 'b': m = m.view(np.uint8)
-        if m.dtype.kind in 'iu' and (not m.size or 0 <= m.min() and m.max() < len(table)):
+        if m.dtype.kind == 'b': m = m.astype(np.uint8)
+        if m.dtype.kind not in 'iu':
+            raise LabelError('labels must be integers', case=case, file=file, found=f'an array of {m.dtype}', fix='read it with read_label_map')
+        if not m.size: return m
+        if 0 <= m.min() and m.max() < len(table):
             if self._same: return m
-            if not m.size or (out := table[m]).min() >= 0: return out if m.size else m.astype(np.int16)
+            if (out := table[m]).min() >= 0: return out
         self._refuse(m, case, file)
 
     def check(self,
@@ -236,11 +251,13 @@ def one_hot(self:Labels,
 def to_label_map(self:Labels,
     probabilities,  # (n_outputs, ...) scores: per class probabilities or logits, background first; per region probabilities
 )->np.ndarray:      # (...) values for the file, uint8 or uint16
-    "Decide for the class with the highest score, the first on ties; or let each region above one half write its label in turn; raises LabelError for NaN or a wrong number of maps"
+    "Decide for the highest score, the first on ties; regions above one half write their labels in turn; raises LabelError for NaN or a wrong number of maps"
     p = np.asarray(probabilities)
     if len(p) != self.n_outputs:
-        raise LabelError('one score map per class or region is needed', found=f'{len(p)} maps', expected=f'{self.n_outputs}: {[*(self.regions or self.names.values())]}')
-    if any(q.size and np.isnan(q.min()) for q in p): raise LabelError('scores hold NaN', fix='look for NaN in the image and in the weights of the network')
+        raise LabelError('one score map per class or region is needed', found=f'{len(p)} maps',
+                         expected=f'{self.n_outputs}: {[*(self.regions or self.names.values())]}')
+    if any(q.size and np.isnan(q.min()) for q in p):
+        raise LabelError('scores hold NaN', fix='look for NaN in the image and in the weights of the network')
     out, value = np.zeros(p.shape[1:], self._value_of.dtype), self._value_of
     if self.regions:
         for q, index in zip(p, self.region_order): np.putmask(out, q > .5, value[index])

@@ -145,6 +145,12 @@ def test_mixed_formats_and_a_dicom_series(tmp_path):
     again = convert_nnunet(folder, tmp_path/'out')                            # links to files and to the folder
     for c in 'abcd': assert np.array_equal(again.read(c).image[0], arrays[c])
     assert (again.folder/'imagesTr'/'d_0000').is_symlink()
+    placed = convert_nnunet(folder, tmp_path/'Task012_Placed', link='reference')
+    for c in 'abcd': assert np.array_equal(placed.read(c).image[0], arrays[c]) and np.array_equal(placed.read(c).label, arrays[c] > 100)
+    series(tmp_path/'scans'/'p1'/'ct', arrays['d']); recorder.write(tmp_path/'truth.nii.gz', (arrays['d'] > 100).astype(np.uint8))
+    (tmp_path/'truth').mkdir(); (tmp_path/'truth.nii.gz').rename(tmp_path/'truth'/'p1.nii.gz')
+    paired = convert_pairs(tmp_path/'scans', tmp_path/'truth', tmp_path/'Task013_Pairs', '{case}/ct', channels=('CT',), n_workers=0)  # a folder per series
+    assert paired.cases == ('p1',) and np.array_equal(paired.read('p1').image[0], arrays['d'])
     recorder.write(folder/'imagesTr'/'b_0000.mha', arrays['b'])
     with pytest.raises(DatasetError, match='case b.*several files of one name.*b_0000.nrrd, b_0000.mha'): check_dataset(data, 0)
 
