@@ -159,8 +159,9 @@ def crop_to_nonzero(
                             expected=f'{data.shape[1:]}')
     box = nonzero_box(data)
     data = data[(slice(None), *box.slices)]
+    outside = fill_holes(_any_nonzero(data)) # a hole lies inside the box
+    np.logical_not(outside, out=outside)
     seg = np.zeros(box.shape, np.int16) if seg is None else _signed(seg[box.slices])
-    outside = ~fill_holes(_any_nonzero(data)) # a hole lies inside the box
     outside &= seg == 0
     if seg.min() < -1: seg[seg < -1] = 0
     seg[outside] = nonzero_label

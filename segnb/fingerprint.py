@@ -336,5 +336,6 @@ def fingerprint_page(
     for ax, c in zip(panels[4:], drawn): _draw_histogram(ax, f, c)
     if not drawn:
         last.axis('off')
-        last.text(.5, .5, 'No histograms: no channel is called CT or ct,\nso the foreground was not measured', ha='center', va='center')
+        why = '' if collects_intensities(f.channels) else ':\nno channel is called CT or ct, so the foreground was not measured'
+        last.text(.5, .5, 'No histograms were kept' + why, ha='center', va='center')
     return fig
