@@ -410,26 +410,27 @@ def _unfinished(dataset, out, name, identity, contents):
     return {c for c in dataset.cases if not _is_done(dataset, out, name, identity, c)}
 
 # %% ../nbs/32_preprocessing.ipynb #92e8c9b2
+BASE_BYTES = 165e6   # python and its libraries
+
+
 def estimate_case(
     shape:tuple,           # (Z, Y, X) of the files, voxels
     spacing:tuple,         # (z, y, x) mm
     plans,                 # `Plans`
     configurations:tuple,  # Names of configurations
 )->Estimate:               # Peak memory and disk, bytes; seconds in one process
-    "Foresee what preprocessing one case takes, from what its header says; cropping is not foreseen, so it may be less"
-    channels, back = len(plans.channels), list(plans.transpose_backward)
+    "Foresee what preprocessing one case takes, from what its header says"
+    c, back = len(plans.channels), list(plans.transpose_backward)
     old = np.asarray(spacing, float)[list(plans.transpose_forward)]
-    raw, after = float(np.prod(shape)), []
-    for c in map(plans.configuration, configurations):
-        new = np.asarray(case_spacing(c, old))[back]
-        after.append(float(np.prod(resampled_shape(shape, spacing, new), dtype=float)))
-    largest = max(after)
-    memory = BASE_BYTES + raw * (5 * channels + 8) + largest * (8 * channels + 8)
-    seconds = 2e-3 + 25e-9 * raw * (channels + 1) + 40e-9 * sum(after) * (channels + 1)
-    return Estimate(int(memory), int(sum(after) * (4 * channels + 1 + (max(plans.labels) > 126))) + 2**16, seconds)
-
-
-BASE_BYTES = 150e6   # python with its libraries
+    kept = min(1, 1.25 * plans.trace.get('median_reduction', 1))              # of the voxels, by cropping
+    raw, after = float(np.prod(shape, dtype=float)), []
+    for configuration in map(plans.configuration, configurations):
+        new = np.asarray(case_spacing(configuration, old))[back]
+        after.append(kept * float(np.prod(resampled_shape(shape, spacing, new), dtype=float)))
+    reading, resampling = raw * max(8 * c, 11), raw * (4 * c + 4) + max(after) * (8 * c + 4)
+    noted = sum(min(n, 1e4 * len(plans.labels)) + .01 * n for n in after)     # class locations, at most
+    disk = sum(after) * (4 * c + (1 if max(plans.labels) < 127 else 2)) + 12 * noted + 2**14 * len(after)
+    return Estimate(int(BASE_BYTES + max(reading, resampling)), int(disk), 5e-3 + (9e-9 * raw + 10e-9 * sum(after)) * (c + 1))
 
 # %% ../nbs/32_preprocessing.ipynb #79b83943
 def _link_truth(dataset, case, folder):
