@@ -85,6 +85,9 @@ def test_an_error_arrives_while_others_still_work(tmp_path, method, what, kind, 
     assert gone(pids(tmp_path))
 
 
+def deaths(told): return [w for w in told if w.category is WorkerWarning]  # Python 3.12 also warns of forks beside threads
+
+
 class Assassin:
     "Kill the worker of one task as often as asked, each time it has noted itself"
     def __init__(self, note, number, times):
@@ -107,6 +110,7 @@ def test_a_worker_killed_once_is_told_and_its_task_tried_again_alone(tmp_path, m
     work = [(str(tmp_path), n, 'sleep', .6) for n in names]
     assassin = Assassin(tmp_path/'ct_001', number, 1)
     with pytest.warns(WorkerWarning, match='tried again alone') as told: assert parallel_map(wait_then, work, 2, names=names, step='cropping', start_method=method) == names
+    told = deaths(told)
     text = str(told[0].message)
     assert len(told) == 1 and 'while cropping ct_001' in text and (number.name in text or 'exit code 143' in text) and told[0].filename == __file__
     others = [(tmp_path/n).stat().st_mtime for n in names if n != 'ct_001']
@@ -258,14 +262,21 @@ def test_a_worker_that_leaves_by_os_exit(tmp_path, method):
     assert e.value.task == 'y' and e.value.unfinished == ('y',)
 
 
+def test_the_system_is_named_if_it_says_that_memory_ran_out(monkeypatch):
+    counts = iter([4, 4, 5, 5, 5])
+    monkeypatch.setattr(workers, '_memory_kills', lambda: next(counts))
+    with pytest.warns(WorkerWarning, match='killed by SIGKILL while'), pytest.raises(WorkerError, match='killed by the system while .*Memory ran out'):
+        parallel_map(signal.raise_signal, [9], 1)
+
+
 def test_many_deaths_are_not_waited_for(tmp_path):
     notes = [tmp_path/str(i) for i in range(40)]
     with pytest.warns(WorkerWarning) as told, pytest.raises(WorkerError, match='died again'): parallel_map(leave, [(n, 99) for n in notes], 2)
-    assert len(told) < 7 and sum(n.exists() for n in notes) < 7
+    assert len(deaths(told)) < 7 and sum(n.exists() for n in notes) < 7
     good = [(None, 0)]*40
     for i in (3, 4, 5, 20, 21, 22): good[i] = (tmp_path/f'once{i}', 1)
     with pytest.warns(WorkerWarning) as told: assert parallel_map(leave, good, 2, names=range(40)) == ['stayed']*40
-    assert len(told) == 6
+    assert len(deaths(told)) == 6
 
 
 class Heavy:
@@ -334,7 +345,7 @@ class NoTask:
 
 
 def test_tasks_and_functions_that_cannot_travel():
-    with pytest.raises(WorkerError, match='b failed: the task cannot travel.*pickle'): parallel_map(str, [1, lambda: 0], 2, names='ab')
+    with pytest.raises(WorkerError, match='b failed: the task cannot travel'): parallel_map(str, [1, lambda: 0], 2, names='ab')
     with pytest.raises(WorkerError, match='b failed: the task cannot travel.*no number'): parallel_map(str, [1, NoTask()], 2, names='ab')
     with pytest.raises(WorkerError, match='top level'): parallel_map(lambda x: x, [1], 2)
 
@@ -432,7 +443,7 @@ def test_preflight_in_numbers(tmp_path, monkeypatch):
     said = []
     assert preflight(cases, tmp_path, step='resampling', say=said.append) == 2            # 5 + 3 GB fit, 5 + 3 + 3 do not
     assert said[0].splitlines()[0] == 'resampling: 10 tasks, 2 workers'
-    for part in ('8.0 GB at most', '10.0 GB free', 'ct_big, 5.0 GB', '11.0 GB', 'ct_big, 2.0 GB', 'about 2 min', 'ct_big, 30 s'): assert part in said[0], said[0]
+    for part in ('8.0 GB at most', '10.0 GB free', 'ct_big, 5.0 GB', '11.0 GB', 'ct_big, 2.0 GB', 'about 105 s', 'ct_big, 30 s'): assert part in said[0], said[0]
     assert preflight(cases, n_workers=1) == 1 and preflight(cases, n_workers=0) == 0 and preflight({}) == 0
     monkeypatch.setattr(workers.multiprocessing, 'get_start_method', lambda: 'fork')
     assert preflight({c: Estimate(10**6, 0, .001) for c in cases}) == 0                   # done before a pool has started
