@@ -156,11 +156,14 @@ def _nifti_header(head, file):
     values, h = iter(struct.unpack_from(order + layout, head)), SimpleNamespace(order=order, size=size)
     for name in names.split(): setattr(h, name, tuple(itertools.islice(values, _LENGTHS[name])) if name in _LENGTHS else next(values))
     if h.magic[:3] not in (b'n+1', b'n+2'):
-        raise ImageError('this is no NIfTI file', file=file, found=f'magic {h.magic}', expected='n+1 or n+2', fix='an Analyze file says nothing of left and right: convert it to NIfTI with the tool that knows')
+        raise ImageError('this is no NIfTI file', file=file, found=f'magic {h.magic}', expected='n+1 or n+2',
+                         fix='an Analyze file says nothing of left and right: convert it to NIfTI with the tool that knows')
     if not 1 <= h.dim[0] <= 7 or h.dim[1] < 1: raise ImageError('the NIfTI header is damaged', file=file, found=f'dim {h.dim}')
     h.dims = [max(n, 1) for n in h.dim[1:h.dim[0] + 1]]
     while len(h.dims) > 3 and h.dims[-1] == 1: h.dims.pop()
-    if h.kind not in _KINDS: raise ImageError('voxels of a kind that is no image', file=file, found=f'NIfTI datatype {h.kind}' + ' (complex)'*(h.kind in (32, 1792, 2048)), expected='whole or real numbers, or colours', fix='of complex numbers, store the magnitude')
+    if h.kind not in _KINDS:
+        raise ImageError('voxels of a kind that is no image', file=file, found=f'NIfTI datatype {h.kind}' + ' (complex)'*(h.kind in (32, 1792, 2048)),
+                         expected='whole or real numbers, or colours', fix='of complex numbers, store the magnitude')
     h.slope, h.inter = (v if np.isfinite(v) else 0. for v in (h.slope, h.inter))
     h.start = max(int(h.start), size)
     return h
@@ -247,8 +250,9 @@ def _believed(h, file, choice):
         wrong = {text.split(':')[0] for size, text in found if size > AGREES}
         sound = [form for form in forms if not wrong & {form, dict(qform='pixdim', sform='sform')[form]}]
         if choice not in sound:
+            ways = ' or '.join(f'header={form!r}' for form in sound)
             raise ImageError('the header contradicts itself' if choice == 'refuse' else f'header={choice!r}: this file has no {choice} to go by', file=file,
-                             found='; '.join(_told(found)), fix=f'say which to believe, {" or ".join(f"header={s!r}" for s in sound)}, or correct the header' if sound else 'resample it to upright axes, or correct the header')
+                             found='; '.join(_told(found)), fix=f'say which to believe, {ways}, or correct the header' if ways else 'resample it to upright axes, or correct the header')
         if choice == 'sform': spacing = np.sqrt((forms['sform'][:, :3]**2).sum(0)).tolist()
         affine = forms[choice]
     else: affine = _as_simpleitk(h, file, **forms)
@@ -261,9 +265,7 @@ def _as_simpleitk(h, file, qform=None, sform=None):
     unit = (sform[:, :3] / np.sqrt((sform[:, :3]**2).sum(0))).astype(np.float32)
     if np.abs(unit @ unit.T - np.eye(3)).max() > 1e-4: return _upright(sform) if qform is None else qform
     if qform is None or h.codes[1] == 1 or h.size == 540 or np.array_equal(qform, sform): return sform
-    reader = sitk.ImageFileReader()  # its rule for this case hangs on rounding, so it is asked
-    reader.SetFileName(str(file))
-    reader.ReadImageInformation()
+    with _quiet(): reader = _open(file)  # its rule for this case hangs on rounding, so it is asked
     n, theirs = len(reader.GetSize()), (*reader.GetDirection(), *reader.GetOrigin())
     def off(affine):
         direction, origin = np.eye(n), np.zeros(n)
@@ -320,8 +322,8 @@ def _head(pieces, n, head=b''):
     while len(head) < n and (piece := next(pieces, None)) is not None: head += piece
     return head
 
-def _read_nifti(file, kind=None, header='refuse', split=False):
-    "Read a NIfTI file once: array (C, Z, Y, X) of the type of the file (`kind` None), of float32, or of int16 where that suffices ('label'), and Geometry"
+def _read_nifti(file, kind=None, header='refuse', split=False, into=None):
+    "Read a NIfTI file once, if it fits into the array `into`: (C, Z, Y, X) of the file's type (`kind` None), float32, or int16 if that suffices ('label'); and Geometry"
     told = dict(file=file, fix='copy or download it again')
     try:
         pieces = _unpacked(file)
@@ -333,8 +335,10 @@ def _read_nifti(file, kind=None, header='refuse', split=False):
         if needs > 1100 * (size + 1000): raise ImageError('the file is cut short', found=f'{size} bytes, packed', expected=f'{needs} bytes', **told)  # gzip packs no tighter
         head = _head(pieces, h.start, head)
         slope = 0 if (h.slope, h.inter) == (1, 0) else h.slope
+        if h.inter and not h.slope: warnings.warn(f'{file.name}: an intercept of {h.inter:g} without a slope is left out', stacklevel=4)
         real = np.float32 if slope and stored.kind != 'f' else stored.newbyteorder('=')
-        flat = np.empty(n, real if kind is None or kind == 'label' and not np.can_cast(real, np.int16) else np.int16 if kind == 'label' else kind)
+        if kind == 'label': kind = np.int16 if np.can_cast(real, np.int16) else None
+        flat = np.empty(n, kind or real) if into is None or into.size != n else into.reshape(-1)
         has = min(len(head), h.start) + _fill(flat, itertools.chain((head[h.start:],), pieces), stored, slope, h.inter)
     except (zlib.error, fast_zlib.error, EOFError, OSError) as e:
         raise ImageError('the file is damaged or cut short', found=e, **told) from None
@@ -389,6 +393,7 @@ def _scan_tiff(b):
         at, pages = number(one, first + n * entry), pages + 1
         last = max(last, first + n * entry + room, *(o + c for o, c in zip(starts, sizes)))
     colours, bits, packing = (values(t)[0] if t in tags else other for t, other in ((262, 1), (258, 1), (259, 1)))
+    if packing in (6, 7): warnings.warn('a TIFF packed as JPEG, with loss: use the source where you can', stacklevel=6)
     odd = f'colours of kind {colours} (inks, or no RGB)' if colours in (5, 8, 9, 10) else f'{pages} pages with a palette' if colours == 3 and pages > 1 else False
     return last, colours == 3 or bits == 1, odd
 
@@ -406,7 +411,8 @@ def _itk_geometry(reader, file):
     "Turn a SimpleITK header round to (z, y, x), once; a fourth axis is left out"
     size, spacing, origin, direction = reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
     if not (min(spacing[:3]) > 0 and np.isfinite((*spacing[:3], *origin, *direction)).all()):
-        raise ImageError('the header does not place the voxels', file=file, found=f'spacing {spacing}, origin {origin}', expected='sizes above 0, finite numbers', fix='correct the header')
+        raise ImageError('the header does not place the voxels', file=file, found=f'spacing {spacing}, origin {origin}',
+                         expected='sizes above 0, finite numbers', fix='correct the header')
     if len(size) == 2: grid = _flat(size, spacing, origin, direction)
     else: grid = Geometry(spacing[2::-1], origin[:3], np.reshape(direction, (len(size), -1))[:3, :3].ravel().tolist(), size[2::-1])
     if image_ending(file).lower() in PICTURES: grid = replace(grid, spacing=(SPACING_2D if grid.shape[0] == 1 else 1., 1., 1.))
@@ -454,7 +460,7 @@ def _read_special(file, alpha, labels):
             if picture.mode == 'P' and (greys or not labels): picture = picture.convert(('LA', 'RGBA')[not greys] if 'transparency' in picture.info else 'L' if greys else 'RGB')
             elif picture.mode == 'P': warnings.warn(f'{file.name}: the labels are the numbers of the colours in the palette', stacklevel=4)
             array = np.asarray(picture).astype(np.uint8) * (255 if picture.mode == '1' else 1)
-    except OSError as e: raise ImageError('the voxels cannot be read', file=file, found=e, fix='the file may be cut short: copy or download it again') from None
+    except (OSError, Image.DecompressionBombError) as e: raise ImageError('the voxels cannot be read', file=file, found=e, fix='the file may be cut short: copy or download it again') from None
     array = array.reshape(1, *array.shape[:2], -1)
     return array[..., :_parts(file, (1, 1), array.shape[-1], alpha, False)], Geometry((SPACING_2D, 1, 1), (0, 0, 0), np.eye(3).ravel(), array.shape[:3])
 
@@ -477,23 +483,23 @@ def _read_itk(file, alpha='refuse', split=False, labels=False):
 
 # %% ../nbs/10_image.ipynb #12fa1801
 def _series(folder, series):
-    "Find the files of one DICOM series in a folder"
+    "Find the files of one DICOM series in a folder; a file is its own series"
+    if folder.is_file(): return (str(folder),)
     with _quiet(): found = {uid: sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid) for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder))}
     named = {uid: _tags(files[0], 'description')['description'] for uid, files in found.items()} if len(found) > 1 or series else {}
     known = [uid for uid in found if series in (None, uid, named.get(uid))]
     told = '; '.join(f'{uid} ({named.get(uid) or "no description"}, {len(files)} files)' for uid, files in found.items())
     if not found: raise ImageError('there is no such file, and no DICOM series in a folder of this name', file=folder, fix='check the path and the file ending')
     if len(known) != 1:
-        raise ImageError('a folder with several DICOM series' if series is None else f'not one DICOM series {series!r} in this folder', file=folder, found=told, fix='name one of them: series=its UID or its description')
+        raise ImageError('a folder with several DICOM series' if series is None else f'not one DICOM series {series!r} in this folder', file=folder, found=told,
+                         fix='name one of them: series=its UID or its description')
     return found[known[0]]
 
 _TAGS = dict(position='0020|0032', axes='0020|0037', description='0008|103e', lossy='0028|2110', thickness='0018|0050')
 
 def _tags(file, *names):
     "Read some tags of a DICOM file: numbers where they are numbers, '' where absent"
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO('GDCMImageIO'); reader.SetFileName(file)
-    reader.ReadImageInformation()
+    with _quiet(): reader = _open(file)
     out = {name: reader.GetMetaData(_TAGS[name]).strip() if reader.HasMetaDataKey(_TAGS[name]) else '' for name in names or _TAGS}
     for name in {'position', 'axes'} & {*out}: out[name] = np.array([float(v) for v in out[name].split('\\') if v.strip()])
     return out | dict(size=reader.GetSize(), spacing=reader.GetSpacing(), direction=reader.GetDirection(), origin=reader.GetOrigin(), parts=reader.GetNumberOfComponents())
@@ -568,12 +574,14 @@ def _read_header(file):
 
 def _is_nifti(file): return file.name.lower().endswith(('.nii', '.nii.gz'))
 
-def _read(file, kind=None, *, alpha='refuse', header='refuse', series=None, split=False):
+def _is_dicom(file): return file.is_dir() or file.name.lower().endswith('.dcm')
+
+def _read(file, kind=None, *, alpha='refuse', header='refuse', series=None, split=False, into=None):
     "Read one file: array (C, Z, Y, X) in the type of the file, or of a NIfTI file as `kind` says, and Geometry"
     file = _place(file)
-    if file.is_dir(): return _read_series(file, series)
+    if _is_dicom(file): return _read_series(file, series)
     if not _is_nifti(file): return _read_itk(file, alpha, split, kind == 'label')
-    array, grid = _read_nifti(file, kind, header, split)
+    array, grid = _read_nifti(file, kind, header, split, into)
     if len(array) == 4 and not split: array = array[:_parts(file, grid.shape, 4, alpha, False)]
     return array, grid
 
@@ -587,7 +595,7 @@ def read_geometry(
 )->Geometry:             # From the header alone
     "Read where the voxels of a file lie, without reading the voxels; raises ImageError for a grid that cannot be told"
     file = _place(file)
-    if file.is_dir():
+    if _is_dicom(file):
         _, grid, _, found = _stack(_series(file, series), file)
         _even(found, file)
         return grid
@@ -607,7 +615,8 @@ def header_findings(
 )->list:             # Sentences, each with its size in voxels where it has one; empty for a sound header
     "Name what is odd about a header: shear, contradictions, axes that are not upright, sizes that are none"
     file = _place(file)
-    if file.is_dir(): return _told(_stack(_series(file, series), file)[3])
+    if _is_dicom(file): return _told(_stack(_series(file, series), file)[3])
+    if image_ending(file).lower() in PICTURES: return []
     if not _is_nifti(file):
         with _quiet(): return _told(_grid_findings(_itk_geometry(_open(file), file)))
     h = _read_header(file)
@@ -630,15 +639,18 @@ def read_image(
         if value not in known: raise ImageError(f'no such choice for {name}', found=value, expected=' or '.join(known))
     files = [files] if isinstance(files, (str, os.PathLike)) else list(files)
     if not files: raise ImageError('no files given', expected='one per channel')
-    arrays, first = [], None
-    for file in files:
-        array, geometry = _read(file, np.float32, alpha=alpha, header=header, series=series, split=split)
+    places, arrays, first = [None]*len(files), [], None
+    if len(files) > 1 and all(_is_nifti(Path(f)) for f in files):  # read each channel into its place
+        places = np.empty((len(files), *read_geometry(files[0], header=header, split=split).shape), np.float32)
+    for file, place in zip(files, places):
+        array, geometry = _read(file, np.float32, alpha=alpha, header=header, series=series, split=split, into=place)
         first = first or geometry
-        if apart := geometry.differences(first):
+        if geometry is not first and (apart := geometry.differences(first)):
             raise ImageError('the channels of a case must share one grid', file=file, found='; '.join(apart),
                              fix=f'resample it to the grid of {Path(files[0]).name}')
         arrays.append(np.ascontiguousarray(array, np.float32))
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays), first
+    if len(arrays) == 1: return arrays[0], first
+    return places if all(p is not None and np.may_share_memory(a, p) for a, p in zip(arrays, places)) else np.concatenate(arrays), first
 
 # %% ../nbs/10_image.ipynb #665447dd
 def read_label_map(

@@ -166,7 +166,13 @@ def test_voxel_kinds(tmp_path):
 
 
 def test_slope_and_intercept(tmp_path):
-    def values(**k): return read_image(put(tmp_path/'a.nii', nifti1(s=1, **k), VOXELS))[0][0]
+    def values(**k):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter('always')
+            array = read_image(put(tmp_path/'a.nii', nifti1(s=1, **k), VOXELS))[0][0]
+        idle = np.isfinite(k['inter']) and k['inter'] and (not np.isfinite(k['slope']) or not k['slope'])
+        assert any('without a slope' in str(w.message) for w in told) == bool(idle)
+        return array
     assert np.array_equal(values(slope=.5, inter=-1024), VOXELS*.5 - 1024)
     for k in (dict(slope=0, inter=0), dict(slope=1, inter=0), dict(slope=np.nan, inter=np.nan), dict(slope=np.inf, inter=3), dict(slope=0, inter=5), dict(slope=np.nan, inter=5)):
         assert np.array_equal(values(**k), VOXELS)
@@ -276,6 +282,22 @@ def test_left_handed_and_permuted_grids_go_round(ending, tmp_path):
         assert geometry == given and np.array_equal(array[0], VOXELS) and not header_findings(tmp_path/f'a{ending}')
 
 
+def test_channels_of_several_kinds_of_file(tmp_path):
+    grid = Geometry((4, 3, 2), (1, 2, 3), UPRIGHT, VOXELS.shape)
+    files = [tmp_path/f'{i}{e}' for i, e in enumerate(('.nii.gz', '.nii', '.nrrd', '.mha'))]
+    for i, file in enumerate(files): write_image(VOXELS + i, grid, file)
+    for some in (files, files[:2], files[2:], files[::-1]):
+        array, geometry = read_image(some)
+        assert array.dtype == np.float32 and array.flags.c_contiguous and array.flags.writeable and geometry == grid
+        assert np.array_equal(array, [VOXELS + int(f.name[0]) for f in some])
+    write_image(np.stack([VOXELS]*2)[0], grid, tmp_path/'5.nii.gz')
+    rgb = put(tmp_path/'6.nii', nifti1(kind=128, s=1, srow=[[-2, 0, 0, -1], [0, -3, 0, -2], [0, 0, 4, 3]]), np.repeat(VOXELS.astype('u1')[..., None], 3, 3))
+    assert np.array_equal(read_image([tmp_path/'5.nii.gz', rgb])[0], [VOXELS]*4)
+    for ending in ('.jpg', '.jpeg', '.dcm', '.mhd', '.nhdr', '.img', '.xyz', ''):
+        with pytest.raises(ImageError, match=f'no{ending}'): write_image(VOXELS[:1].astype(np.uint8), Geometry((999, 1, 1), (0, 0, 0), UPRIGHT, (1, 5, 4)), tmp_path/f'no{ending}')
+    assert not list(tmp_path.glob('no*'))
+
+
 # ---- broken files of every format ----
 
 def test_nothing_is_no_image(tmp_path):
@@ -289,7 +311,7 @@ def test_nothing_is_no_image(tmp_path):
 
 
 @pytest.mark.parametrize('ending', ['.nii.gz', '.nii', '.nrrd', '.mha', '.png', '.bmp', '.tif', '.jpg', '.mhd', '.nhdr'])
-def test_no_truncation_passes(ending, tmp_path):
+def test_a_file_cut_anywhere_is_refused(ending, tmp_path):
     rng = np.random.default_rng(0)
     array = sitk.GetImageFromArray(rng.integers(0, 255, (40, 30) if ending in module.PICTURES else (6, 20, 30)).astype(np.uint8))
     sitk.WriteImage(array, str(tmp_path/f'whole{ending}'))
@@ -483,6 +505,8 @@ def test_a_dicom_series(axes, tmp_path):
         assert read_geometry(tmp_path/f'a{ending}') == geometry
     one = read_image(dicom(tmp_path/'one', [0.], axes=axes))
     assert one[0].shape == (1, 1, 5, 4) and one[1].spacing[0] == 2.5
+    file = next((tmp_path/'one').iterdir())
+    assert np.array_equal(read_image(file)[0], one[0]) and read_image(file)[1] == one[1] == read_geometry(file) and not header_findings(file)
 
 
 def test_dicom_series_that_are_no_volume(tmp_path):
