@@ -603,7 +603,7 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
         taken = {f for files in (truth if size[1] > size[0] else found).values() for f in files}
         found, truth = ({k: kept for k, fs in fits.items() if (kept := [f for f in fs if own or f not in taken])}
                         for fits, own in ((found, size[1] <= size[0]), (truth, size[1] > size[0])))
-        rest = other = [f for f in other if f not in taken]
+        rest = other = sorted({*rest} & {*other})
     tokens = _tokens(channels, sorted({t for _, t in found if t is not None}), pattern)
     wrong = [f'several files for case {c}' + f', channel {t}' * (t is not None) + ': ' + ', '.join(f.name for f in fs)
              for (c, t), fs in [*found.items(), *truth.items()] if len(fs) > 1]
