@@ -92,13 +92,20 @@ def bands(
 )->tuple:      # Per block of rows: slice of new voxels, slice of old voxels, float32 weights (new, old), the same turned
     "Cut the matrix of an axis into the blocks along its diagonal"
     matrix, found = spline_matrix(n_in, n_out, order), []
+    first, last = _reach(matrix)
     for start in range(0, n_out, ROWS):
-        rows = matrix[start:start + ROWS]
-        used = np.flatnonzero(np.abs(rows).max(0) > BAND)
-        a, b = int(used[0]), int(used[-1]) + 1
-        weights = rows[:, a:b].astype(np.float32)
-        found.append((slice(start, start + len(rows)), slice(a, b), weights, np.ascontiguousarray(weights.T)))
+        new = slice(start, min(start + ROWS, n_out))
+        used = slice(int(first[start]), int(last[new.stop - 1]))
+        weights = matrix[new, used].astype(np.float32)
+        found.append((new, used, weights, np.ascontiguousarray(weights.T)))
     return tuple(found)
+
+
+def _reach(matrix):
+    # per row, the first column used by it or a later row, and the column after the last used by it or an earlier row
+    used = np.abs(matrix) > BAND
+    first, last = used.argmax(1), matrix.shape[1] - used[:, ::-1].argmax(1)
+    return np.minimum.accumulate(first[::-1])[::-1], np.maximum.accumulate(last)
 
 
 def apply_along(
@@ -305,15 +312,16 @@ def _dense(torch, array, matrix, axis):
 
 def _on_device(volume, new, order, along, limits, per_slice, max_bytes, device):
     z, y, x = (spline_matrix(n_in, n, o) for n_in, n, o in zip(volume.shape, new.shape, (along, order, order)))
-    used = [np.flatnonzero(row) for row in np.abs(z) > BAND]
+    first, last = _reach(z)
     most = 12 * max(volume.shape[1], new.shape[1]) * max(volume.shape[2], new.shape[2])     # bytes of a plane, three copies
-    room = _room(max(u[-1] - u[0] + 1 for u in used) * most, max_bytes) // most
+    room = _room(int((last - first).max()) * most, max_bytes) // most
     start = 0
     with _single_precision() as torch:
         while start < len(new):
-            a, stop = int(used[start][0]), start + 1
-            while stop < len(new) and max(used[stop][-1] + 1 - a, stop + 1 - start) <= room: stop += 1
-            where, mix = slice(a, int(used[stop - 1][-1]) + 1), z[start:stop, a:used[stop - 1][-1] + 1]
+            stop = start + 1
+            while stop < len(new) and max(last[stop] - first[start], stop + 1 - start) <= room: stop += 1
+            where = slice(int(first[start]), int(last[stop - 1]))
+            mix = z[start:stop, where]
             slab = torch.from_numpy(_window(volume, where, limits[0])).to(device)
             if not per_slice: slab = _dense(torch, slab, mix, 0)
             slab = _dense(torch, _dense(torch, slab, y, 1), x, 2)
