@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from fastcore.basics import patch
 
 from .cropping import CropBox, crop_to_nonzero
 from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_geometry, read_label_map, whole_file
@@ -194,35 +195,36 @@ class PreprocessedCase:
         "Map the label map"
         return self._load('seg')
 
-    @property
-    def previous(self)->np.ndarray: # (Z, Y, X) classes that the stage before found, a read-only memory map; None: there is none
-        "Map the label map of the stage before"
-        return self._load('previous') if f'{self.case}_previous.npy' in self.properties.get('files', {}) else None
-
     @cached_property
     def properties(self)->dict: # What `preprocess_case` noted, without the class locations
         "Read what is needed to bring results back to the original grid"
         return read_json(self.folder/f'{self.case}.json')
 
-    def _locations(self):
-        voxels, found, start = self._load('locations'), {}, 0
-        for name, n in {**self.properties['n_locations'], **self.properties.get('n_region_locations', {})}.items():
-            found[name], start = voxels[start:start + n], start + n
-        return found
-
     @property
     def class_locations(self)->dict: # {label: (n, 3) int32 voxel indices}, read-only memory maps
         "Map the noted voxels of each class"
-        found = self._locations()
-        return {int(label): found[label] for label in self.properties['n_locations']}
-
-    @property
-    def region_locations(self)->dict: # {name: (n, 3) int32 voxel indices}, read-only memory maps
-        "Map the noted voxels of each region"
-        found = self._locations()
-        return {name: found[name] for name in self.properties.get('n_region_locations', {})}
+        return {int(label): voxels for label, voxels in _locations(self, 'n_locations').items()}
 
     def __repr__(self): return f'PreprocessedCase({self.case}, {self.data.shape}, {self.data.nbytes / 1e6:.1f} MB)'
+
+# %% ../nbs/32_preprocessing.ipynb #75dc02f3
+def _locations(case, key):
+    # the voxels lie class after class, then region after region; the JSON file says how many of each
+    counts = [(k, name, n) for k in ('n_locations', 'n_region_locations') for name, n in case.properties.get(k, {}).items()]
+    voxels, stops = case._load('locations'), np.cumsum([n for _, _, n in counts])
+    return {name: voxels[stop - n:stop] for (k, name, n), stop in zip(counts, stops) if k == key}
+
+
+@patch(as_prop=True)
+def region_locations(self:PreprocessedCase)->dict: # {name: (n, 3) int32 voxel indices}, read-only memory maps
+    "Map the noted voxels of each region"
+    return _locations(self, 'n_region_locations')
+
+
+@patch(as_prop=True)
+def previous(self:PreprocessedCase)->np.ndarray: # (Z, Y, X) classes that the stage before found, a memory map; None: there is none
+    "Map the label map of the stage before"
+    return self._load('previous') if f'{self.case}_previous.npy' in self.properties.get('files', {}) else None
 
 # %% ../nbs/32_preprocessing.ipynb #1b27ceee
 def save_preprocessed(
