@@ -251,9 +251,14 @@ def _declared(description):
 
 def _counts(label):
     "Count the voxels of each value, whole or not: {value: voxels}"
-    if label.dtype.kind in 'biu' or np.array_equal(label, np.rint(label)): return {float(v): n for v, n in count_labels(label.astype(np.int64, copy=False)).items()}
-    return dict(zip(*(a.tolist() for a in np.unique(label, return_counts=True))))
+    counts, flat = Counter(), label.ravel()
+    for i in range(0, len(flat), 1 << 22):   # in pieces, since counting takes eight bytes a voxel
+        part = flat[i:i + (1 << 22)]
+        if part.dtype.kind in 'biu' or np.array_equal(part, np.rint(part)): counts.update(count_labels(part.astype(np.int64)))
+        else: counts.update(dict(zip(*(a.tolist() for a in np.unique(part, return_counts=True)))))
+    return {float(v): counts[v] for v in sorted(counts)}
 
+# %% ../nbs/15_doctor.ipynb #5525c151
 def _label_findings(case, file, label, declared):
     "Examine the values of a label map: findings, and {value: voxels}"
     finite = np.isfinite(label) if label.dtype.kind == 'f' else None
@@ -269,14 +274,17 @@ def _label_findings(case, file, label, declared):
     scaled = declared and any(v not in declared for v in counts) and unscale(values, tuple(declared))
     def say(kind, what, wrong, **more): out.append(_finding(kind, case, file, what, at(wrong), voxels=int(n[wrong].sum()), **more))
     if scaled: say('scaled labels', f'values {_some(values)} instead of {_some(sorted(declared))}', values > 0, map={str(k): v for k, v in scaled.items()})
-    elif off.max(initial=0) > 1e-3: say('interpolated labels', f'{n[off > 1e-3].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', off > 1e-3)
-    elif off.max(initial=0) > 0: say('float labels', f'{n[off > 0].sum():.0f} voxels are up to {off.max():.2g} away from a whole number', off > 0, largest=float(off.max()))
+    elif off.max(initial=0) > 1e-3:
+        say('interpolated labels', f'{n[off > 1e-3].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', off > 1e-3)
+    elif off.max(initial=0) > 0:
+        say('float labels', f'{n[off > 0].sum():.0f} voxels are up to {off.max():.2g} away from a whole number', off > 0, largest=float(off.max()))
     whole = Counter()
     for v, k in counts.items(): whole[scaled[v] if scaled else int(round(v))] += k
     strange = [] if scaled or off.max(initial=0) > 1e-3 or not declared else [v for v in whole if v not in declared]
     if strange:
         said = ', '.join(f'{v} in {whole[v]} voxels' for v in strange[:8]) + f' and {len(strange) - 8} more values' * (len(strange) > 8)
-        out.append(_finding('undeclared label', case, file, f'{said}; declared are {_some(sorted(declared))}', _worst(np.isin(np.round(label), strange)), values=strange))
+        place = _worst(np.isin(np.round(label), strange))
+        out.append(_finding('undeclared label', case, file, f'{said}; declared are {_some(sorted(declared))}', place, values=strange))
     return out, dict(whole)
 
 # %% ../nbs/15_doctor.ipynb #d6d6ba28
@@ -354,7 +362,8 @@ def _label_part(files, summary, first, reference):
     out, array, geometry = _open_findings(files.case, files.label, True, files.header)
     if array is None: return out
     if len(array) != 1:
-        return out + [_finding('wrong channels', files.case, files.label, f'{len(array)} values per voxel in a label map', repair='save it as a grey image whose values are the classes')]
+        return out + [_finding('wrong channels', files.case, files.label, f'{len(array)} values per voxel in a label map',
+                               repair='save it as a grey image whose values are the classes')]
     summary['label_content'] = _content(array[0])
     found, summary['labels'] = _label_findings(files.case, files.label, array[0], files.declared)
     out += found
@@ -380,7 +389,7 @@ def _examine_case(files):
         out += found; channels += summaries
         if first is None: first, reference = array[0], geometry
         else: out += _grid_finding(case, path, f'channel {summaries[0]["name"]}', array[0], geometry, first, reference)
-    if read == len(files.images) and len(channels) != len(files.channels):
+    if 0 < read == len(files.images) and len(channels) != len(files.channels):
         out.append(_finding('wrong channels', case, files.images[0], f'{len(channels)} channel(s) instead of {len(files.channels)}'))
     if reference is not None: summary.update(geometry=reference.to_dict(), axes=axis_codes(reference.direction))
     return out + _label_part(files, summary, first, reference), summary
@@ -407,9 +416,9 @@ def _size_findings(known):
     "Compare spacings and sizes with the rest, along the same axes of the body: findings"
     out = []
     if not known: return out
-    along = [[next(2 - s['axes'].index(c) for c in 'SIAPLR'[i:i + 2] if c in s['axes']) for i in (0, 2, 4)] for s in known.values()]  # array axes of S-I, A-P, L-R
+    def along(codes): return [2 - next(codes.index(c) for c in sides if c in codes) for sides in ('SI', 'AP', 'LR')]  # array axes in the order z, y, x of the body
     for kind, key, unit, factor in (('spacing outlier', 'spacing', ' mm', 2.5), ('size outlier', 'shape', ' voxels', 3.)):
-        all_of, worst = np.array([np.take(s['geometry'][key], a) for s, a in zip(known.values(), along)], float), {}
+        all_of, worst = np.array([np.take(s['geometry'][key], along(s['axes'])) for s in known.values()], float), {}
         usual = _some(np.median(all_of, 0))
         for axis in range(3):
             for c, z, r in _outliers(known, np.log(all_of[:, axis]), 5, factor):
@@ -418,7 +427,8 @@ def _size_findings(known):
         if len(known) >= 5 and len(lost) <= len(known) / 5: worst.update({c: (1, 'exactly 1 along every axis, as when a header was lost') for c in lost})
         for c, (_, how) in worst.items():
             here = known[c]['geometry']
-            out.append(_finding(kind, c, known[c]['channels'][0]['file'], f'{key} ({_some(here[key])}){unit}, usual is ({usual}){unit}: {how}', [n // 2 for n in here['shape']]))
+            what = f'{key} ({_some(here[key])}){unit}, usual is ({usual}){unit}: {how}'
+            out.append(_finding(kind, c, known[c]['channels'][0]['file'], what, [n // 2 for n in here['shape']]))
     return out
 
 # %% ../nbs/15_doctor.ipynb #788a29bd
@@ -475,7 +485,8 @@ def _duplicate_findings(summaries, tests):
         for i, c in enumerate(contents):
             if c and c in contents[:i]:
                 one, first = s['channels'][i], s['channels'][contents.index(c)]
-                out.append(_finding('duplicate channel', s['case'], one['file'], f'channel {one["name"]} has the voxels of channel {first["name"]}', [n // 2 for n in s['geometry']['shape']]))
+                what = f'channel {one["name"]} has the voxels of channel {first["name"]}'
+                out.append(_finding('duplicate channel', s['case'], one['file'], what, [n // 2 for n in s['geometry']['shape']]))
         if not contents or None in contents: continue
         other = seen.setdefault(tuple(contents), s)
         if other is s: continue
@@ -517,8 +528,9 @@ def _label_set_findings(summaries, declared):
     for v, name in names.items():
         n = sum(v in counts for counts in seen)
         if v == 0 or name == 'ignore' or not seen: continue
-        if n == 0: out.append(_finding('absent label', None, None, f'label {v} ({name}) occurs in none of {len(seen)} cases', label=v, cases=0))
-        elif len(seen) >= 8 and n < len(seen) / 4: out.append(_finding('rare label', None, None, f'label {v} ({name}) occurs in {n} of {len(seen)} cases', label=v, cases=n))
+        if n == 0: out.append(_finding('absent label', None, None, f'label {v} ({name}) occurs in none of {len(seen)} cases', label=v))
+        elif len(seen) >= 8 and n < len(seen) / 4:
+            out.append(_finding('rare label', None, None, f'label {v} ({name}) occurs in {n} of {len(seen)} cases', label=v, n_cases=n))
     return out
 
 # %% ../nbs/15_doctor.ipynb #a57e2cbc
@@ -637,8 +649,14 @@ def _roster(dataset):
             found.append(_finding('description', None, folder/'dataset.json', _plain(e)))
             return folder.resolve().name, folder, _guessed(folder, description if isinstance(description, dict) else {}), found
     declared = _declared(dataset.json)
-    files = [_Files(c, tuple(map(str, dataset.image_files(c))), str(dataset.label_file(c)) if c in dataset.cases else None, dataset.channels, declared, dataset.header)
-             for c in [*dataset.cases, *(c for c in dataset.test_cases if c not in dataset.cases)]]
+    def files_of(c):
+        images, label = (), None
+        try:
+            label = str(dataset.label_file(c)) if c in dataset.cases else None
+            images = tuple(map(str, dataset.image_files(c)))
+        except SegnbError as e: found.append(_finding('unreadable file', c, None, _plain(e), repair='move away the files that are not meant'))
+        return _Files(c, images, label, dataset.channels, declared, dataset.header)
+    files = [files_of(c) for c in [*dataset.cases, *(c for c in dataset.test_cases if c not in dataset.cases)]]
     if not dataset.cases: found.append(_finding('description', None, dataset.folder/'dataset.json', 'no training cases'))
     known = {os.path.abspath(p) for f in files for p in (*f.images, *([f.label] if f.label else []))}
     for part in ('imagesTr', 'labelsTr', *(['imagesTs'] if dataset.test_cases else [])):
@@ -685,7 +703,8 @@ def _some_voxels(array, value, n=5):
 
 def _finer(p):
     g = p.geometry
-    p.label, p.label_geometry = p.label.repeat(2, 1).repeat(2, 2), Geometry(np.divide(g.spacing, (1, 2, 2)), g.to_world((0, -.25, -.25)), g.direction, np.multiply(g.shape, (1, 2, 2)))
+    p.label = p.label.repeat(2, 1).repeat(2, 2)
+    p.label_geometry = Geometry(np.divide(g.spacing, (1, 2, 2)), g.to_world((0, -.25, -.25)), g.direction, p.label.shape)
 
 def _elsewhere(p):
     g = p.geometry
@@ -715,7 +734,10 @@ def _rewrite(file, change):
     change(data)
     file.write_bytes(gzip.compress(bytes(data), 6, mtime=0))
 
-def _shear(data): data[280:328] = (np.frombuffer(bytes(data[280:328]), '<f4').reshape(3, 4) @ np.array([[1, .3, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], np.float32)).astype('<f4').tobytes()
+def _shear(data):
+    sform = np.frombuffer(bytes(data[280:328]), '<f4').reshape(3, 4).copy()
+    sform[:, 1] += .3 * sform[:, 0]
+    data[280:328] = sform.tobytes()
 
 # %% ../nbs/15_doctor.ipynb #60dc56e3
 DEFECTS = {  # name: (kind of finding that is expected, change of the case before it is written, change of its image and label files)
@@ -783,9 +805,11 @@ def spoil(
 # %% ../nbs/15_doctor.ipynb #f8130428
 def _volume(path, label=False):
     "First channel of a file and its geometry; (None, None) if it cannot be read"
-    try: array, geometry = read_stored(path, label)
-    except (SegnbError, OSError): return None, None
-    return array[0].astype(np.float32), geometry
+    for header in ('refuse', 'qform', 'sform'):
+        try: array, geometry = read_stored(path, label, header)
+        except (SegnbError, OSError): continue
+        return array[0].astype(np.float32), geometry
+    return None, None
 
 def _usual_case(report, finding):
     "A case to compare with: of the same part, without findings, or with as few as possible"
@@ -837,7 +861,7 @@ def _panels(report, finding):
     "Panels that show a finding: the worst slice, the label outlined, the offending voxels red"
     case = finding.case or next(iter(finding.numbers.get('cases', ())), None)  # of many, the first
     files = report.cases.get(case)
-    if not files or not files['images'] or finding.where is None: return []
+    if not files or not files['images'] or finding.where is None and finding.kind != 'header contradiction': return []
     label_file = finding.file == files['label']
     own = files['images'][0] if label_file or not finding.file else finding.file
     volume, geometry = _volume(files['images'][0] if finding.kind in _GRID_KINDS else own)
@@ -845,6 +869,7 @@ def _panels(report, finding):
     label, there = _volume(files['label'], True) if files['label'] else (None, None)
     if finding.kind in _GRID_KINDS: return _grid_panels(finding, volume, geometry, *((label, there) if label_file else _volume(finding.file)), label_file)
     contour = None if label is None or label.shape != volume.shape else np.round(np.nan_to_num(label)).astype(int)
+    if finding.where is None: return [_panel(volume, geometry, len(volume) // 2, f'{case}, the voxels as stored', contour=contour)]
     wrong = _wrong(finding, volume, label, there, geometry)
     here = _panel(volume, geometry, finding.where[0], case, contour=contour, error=wrong)
     if wrong is not None and here['error'].sum() < 20: here['mark'] = finding.where[1:]

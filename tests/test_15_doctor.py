@@ -384,6 +384,17 @@ def test_regions_gaps_and_ignore_are_declared(tmp_path):
     assert [(f.kind, f.case, f.numbers['values']) for f in examine(folder, 0).findings if f.kind != 'description'] == [('undeclared label', 'p1', [9])]
 
 
+def test_two_files_of_one_name_are_a_finding(tmp_path):
+    listed = [dict(image=f'./imagesTr/p{i}.nrrd', label=f'./labelsTr/p{i}.nrrd') for i in range(5)]
+    folder = two_channels(tmp_path/'Task001_A', ending='.nrrd', more={'training': listed, 'test': []})
+    for e in ('.mha', '.nii.gz'): write_image(*read_stored(folder/'labelsTr/p2.nrrd'), folder/f'labelsTr/p2{e}')
+    (folder/'labelsTr/p2.nrrd').unlink()
+    report = examine(folder, 0)
+    assert {(f.kind, f.case) for f in report.findings if f.case} == {('unreadable file', 'p2')}
+    repair(folder, report, tmp_path/'fixed', n_workers=0)
+    assert Dataset(tmp_path/'fixed').cases == ('p0', 'p1', 'p3', 'p4')
+
+
 def test_masks_of_display_values():
     assert unscale(np.arange(256), (0, 1))[200.] == 1 and unscale([0, 64, 128, 191, 255], (0, 1, 2, 3, 4)) == {0: 0, 64: 1, 128: 2, 191: 3, 255: 4}
     assert unscale([0, 255], (0, 1, 2)) == {0: 0, 255: 2} and unscale([0, 1, 255], (0, 1, 2)) is None or unscale([0, 1, 255], (0, 1, 2))[1.] == 0
