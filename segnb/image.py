@@ -8,7 +8,7 @@ __all__ = ['PICTURES', 'IMAGE_ENDINGS', 'SPACING_2D', 'PAIRS', 'AGREES', 'SegnbE
            'write_label_map', 'split_4d']
 
 # %% ../nbs/10_image.ipynb #2db4fd24
-import contextlib, gzip, itertools, os, re, struct, uuid, warnings, zlib
+import contextlib, gzip, itertools, math, os, re, struct, uuid, warnings, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -115,8 +115,8 @@ def _quiet():
 
 def _reason(error):
     "Pick the last telling line of a SimpleITK error"
-    lines = [l.strip() for l in str(error).splitlines() if l.strip()]
-    return lines[-1].split('ERROR: ')[-1] if lines else type(error).__name__
+    lines = [l.strip() for l in str(error).splitlines() if l.strip() and not l.startswith('Reason:')]
+    return re.sub(r'\w+\(0x\w+\): ', '', lines[-1].split('ERROR: ')[-1]) if lines else type(error).__name__
 
 # %% ../nbs/10_image.ipynb #ca6b379c
 def image_ending(
@@ -158,7 +158,8 @@ def _nifti_header(head, file):
     if h.magic[:3] not in (b'n+1', b'n+2'):
         raise ImageError('this is no NIfTI file', file=file, found=f'magic {h.magic}', expected='n+1 or n+2',
                          fix='an Analyze file says nothing of left and right: convert it to NIfTI with the tool that knows')
-    if not 1 <= h.dim[0] <= 7 or h.dim[1] < 1: raise ImageError('the NIfTI header is damaged', file=file, found=f'dim {h.dim}')
+    if not (1 <= h.dim[0] <= 7 and h.dim[1] > 0 and abs(h.start) < 1e15):
+        raise ImageError('the NIfTI header is damaged', file=file, found=f'dim {h.dim}, voxels from byte {h.start:g}')
     h.dims = [max(n, 1) for n in h.dim[1:h.dim[0] + 1]]
     while len(h.dims) > 3 and h.dims[-1] == 1: h.dims.pop()
     if h.kind not in _KINDS:
@@ -229,7 +230,8 @@ def _statements(h):
                 found.append((_apart(s, _upright(s), dims), f'sform: sheared, two axes meet with a cosine of {cosine:.3g} instead of 0'))
             off = max((abs(l / p - 1) * (n - 1) for l, p, n in zip(length, _pixdim(h), h.dims)), default=0)
             if off > 1e-3: found.append((off, f'pixdim {_short(pixdim)} and sform {_short(length)} give different sizes of a voxel'))
-    if (q := sum(v*v for v in h.qform[:3])) > 1.0001 and 'qform' in forms: found.append((np.inf, f'qform: the quaternion has the length {q**.5:.4g}, not 1'))
+    if 'qform' in forms and not (q := sum(v*v for v in h.qform[:3])) <= 1.0001: found.append((np.inf, f'qform: the quaternion has the length {q**.5:.4g}, not 1'))
+    elif 'qform' in forms and not np.isfinite(h.qform).all(): found.append((np.inf, f'qform: offset {_short(h.qform[3:])}'))
     if len(forms) == 2 and (off := _apart(forms['qform'], forms['sform'], dims)) > 1e-3:
         found.append((off, 'qform and sform place the grid differently'))
     if not forms and not found: found.append((0., 'neither qform nor sform: nothing says how the patient lies; upright axes and origin 0 are assumed'))
@@ -302,7 +304,7 @@ def _nifti(file, header, choice, split):
         raise ImageError('wrong number of axes', file=file, found=f'size ({", ".join(map(str, header.dims))}) (x, y, z, ...)', expected='2 or 3 axes',
                          fix='store each channel or time point as a 3D file of its own: split_4d does it; or read them as channels with split=True')
     if len(header.dims) < 2: raise ImageError('wrong number of axes', file=file, found=f'size {tuple(header.dims)}', expected='2 or 3 axes')
-    return int(np.prod(more, dtype=np.int64)), values, np.dtype(header.order + kind), _nifti_geometry(header, file, choice)
+    return math.prod(more), values, np.dtype(header.order + kind), _nifti_geometry(header, file, choice)
 
 # %% ../nbs/10_image.ipynb #3f4e032b
 def _fill(flat, pieces, stored, slope, inter):
@@ -330,7 +332,7 @@ def _read_nifti(file, kind=None, header='refuse', split=False, into=None):
         head = _head(pieces, 540)
         h = _nifti_header(head, file)
         channels, values, stored, geometry = _nifti(file, h, header, split)
-        n = channels * values * int(np.prod(geometry.shape, dtype=np.int64))
+        n = channels * values * math.prod(geometry.shape)
         needs, size = h.start + n * stored.itemsize, os.path.getsize(file)
         if needs > 1100 * (size + 1000): raise ImageError('the file is cut short', found=f'{size} bytes, packed', expected=f'{needs} bytes', **told)  # gzip packs no tighter
         head = _head(pieces, h.start, head)
@@ -397,6 +399,30 @@ def _scan_tiff(b):
     odd = f'colours of kind {colours} (inks, or no RGB)' if colours in (5, 8, 9, 10) else f'{pages} pages with a palette' if colours == 3 and pages > 1 else False
     return last, colours == 3 or bits == 1, odd
 
+# %% ../nbs/10_image.ipynb #e14c751b
+def _check_packed(file):
+    "Refuse a MetaImage or NRRD file whose voxels are absent, or packed and damaged, which SimpleITK would read"
+    meta, told = image_ending(file).lower() in ('.mha', '.mhd'), dict(file=file, fix='copy or download it again')
+    with open(file, 'rb') as f: head = f.read(1 << 16)
+    end = re.search(rb'(?im)^ElementDataFile[ \t]*=.*\n?' if meta else rb'\r?\n\r?\n', head)
+    text = head[:end.end()] if end else head
+    name = re.search(rb'(?im)^ElementDataFile[ \t]*=[ \t]*(.+?)[ \t]*\r?$' if meta else rb'(?im)^data ?file:[ \t]*(.+?)[ \t]*\r?$', text)
+    name = name[1].decode(errors='replace') if name and name[1].upper() != b'LOCAL' else ''
+    if '%' in name or name.upper().startswith('LIST') or re.search(rb'(?im)^(line|byte) ?skip: *[1-9-]|HeaderSize', text): return
+    where = file.parent/name if name else file
+    if not where.is_file(): raise ImageError('the file of its voxels is not there', file=file, found=f'no {name}', fix=f'put {name} beside it')
+    if not re.search(rb'(?im)^CompressedData[ \t]*=[ \t]*True' if meta else rb'(?im)^encoding: *gz(ip)?[ \t]*\r?$', text): return
+    with open(where, 'rb') as f:
+        f.seek(0 if name else len(text))
+        chunk = f.read(1 << 16)
+        unpack = fast_zlib.decompressobj(31 if chunk[:2] == b'\x1f\x8b' else 15)
+        try:
+            while chunk and not unpack.eof:
+                unpack.decompress(chunk)
+                chunk = f.read(1 << 16)
+        except (zlib.error, fast_zlib.error) as e: raise ImageError('the file is damaged', found=e, **told) from None
+    if not unpack.eof: raise ImageError('the file is cut short', found='packed voxels without an end', **told)
+
 # %% ../nbs/10_image.ipynb #0673b912
 def _open(file):
     "Let SimpleITK read the header of a file, or raise ImageError naming it"
@@ -410,6 +436,7 @@ def _open(file):
 def _itk_geometry(reader, file):
     "Turn a SimpleITK header round to (z, y, x), once; a fourth axis is left out"
     size, spacing, origin, direction = reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection()
+    if not min(size): raise ImageError('a file without voxels', file=file, found=f'size {size}')
     if not (min(spacing[:3]) > 0 and np.isfinite((*spacing[:3], *origin, *direction)).all()):
         raise ImageError('the header does not place the voxels', file=file, found=f'spacing {spacing}, origin {origin}',
                          expected='sizes above 0, finite numbers', fix='correct the header')
@@ -469,6 +496,7 @@ def _read_itk(file, alpha='refuse', split=False, labels=False):
     with _quiet():
         if _scan(file): array, grid = _read_special(file, alpha, labels)
         else:
+            if image_ending(file).lower() in ('.mha', '.mhd', '.nrrd', '.nhdr'): _check_packed(file)
             reader = _open(file)
             size, parts = reader.GetSize(), reader.GetNumberOfComponents()
             keep, grid = _parts(file, size, parts, alpha, split), _sound(_itk_geometry(reader, file), file)

@@ -198,6 +198,8 @@ def test_axes(tmp_path):
         assert np.array_equal(read_image(file, split=True)[0], VOXELS.reshape(shape)) and read_geometry(file, split=True).shape == shape[1:]
     refused('axes', file=put(tmp_path/'line.nii', nifti1(dim=(1, 120, 1, 1, 1, 1, 1, 1), s=1), VOXELS))
     for dim in ((0, 4, 5, 6, 1, 1, 1, 1), (9, 4, 5, 6, 1, 1, 1, 1), (3, -4, 5, 6, 1, 1, 1, 1)): refused('damaged', file=put(tmp_path/'bad.nii', nifti1(dim=dim), VOXELS))
+    refused('cut short', file=put(tmp_path/'huge2.nii', nifti2(dim=(3, 2**40, 2**40, 4, 1, 1, 1, 1)), VOXELS))
+    for start in (np.nan, np.inf, 1e30): refused('damaged', file=put(tmp_path/'start.nii', nifti1(start=start), VOXELS))
     refused('cut short', file=put(tmp_path/'huge.nii', nifti1(dim=(3, 32767, 32767, 32767, 1, 1, 1, 1)), VOXELS))
 
 
@@ -234,6 +236,9 @@ AGREE = dict(q=1, quat=(0, 0, 0), offset=(10, 20, 30))
     (dict(s=1, srow=SROW*np.nan, **AGREE), 'do not span space', ('qform',)),
     (dict(s=1, srow=np.zeros((3, 4)), **AGREE), 'do not span space', ('qform',)),
     (dict(q=1, quat=(1, 1, 1)), 'quaternion has the length 1.732', ()),
+    (dict(q=1, quat=(np.nan, 0, 0)), 'quaternion has the length nan', ()),
+    (dict(q=1, offset=(0, np.inf, 0)), 'qform: offset (0, inf, 0)', ()),
+    (dict(s=1, q=1, offset=(0, np.nan, 0)), 'qform: offset (0, nan, 0)', ('sform',)),
 ])
 @pytest.mark.parametrize('make', [nifti1, nifti2])
 def test_contradictions_are_named_and_chosen(make, header, named, ways, tmp_path):
@@ -382,6 +387,22 @@ def test_mha(tmp_path):
         given = Geometry(rng.uniform(.1, 9, 3), rng.uniform(-500, 500, 3), np.linalg.qr(rng.normal(size=(3, 3)))[0].ravel(), (6, 5, 4))
         write_image(VOXELS, given, tmp_path/'b.mha')
         assert read_geometry(tmp_path/'b.mha') == given
+
+
+@pytest.mark.parametrize('ending', ['.mha', '.nrrd', '.mhd', '.nhdr'])
+def test_flipped_bits_of_packed_voxels_are_found(ending, tmp_path):
+    rng = np.random.default_rng(0)
+    itk = sitk.GetImageFromArray(rng.integers(0, 99, (6, 20, 30)).astype(np.int16))
+    sitk.WriteImage(itk, str(tmp_path/f'a{ending}'), useCompression=True)
+    whole, part = read_image(tmp_path/f'a{ending}')[0], max(tmp_path.iterdir(), key=lambda f: f.stat().st_size)
+    data = part.read_bytes()
+    for at in rng.integers(len(data) - 4000, len(data), 80):
+        flipped = bytearray(data); flipped[at] ^= 1 << int(rng.integers(8))
+        part.write_bytes(flipped)
+        try: back = read_image(tmp_path/f'a{ending}')[0]
+        except ImageError as e: assert f'a{ending}' in str(e)
+        else: assert np.array_equal(back, whole)
+    refused(file=put(tmp_path/'none.mha', (MHA % (b'1 0 0 0 1 0 0 0 1', b'1 1 1')).replace(b'4 5 6', b'4 5 0')))
 
 
 # ---- 4D to one file a channel ----
