@@ -11,6 +11,7 @@ __all__ = ['BASE_BYTES', 'PreprocessingError', 'class_locations', 'region_locati
 # %% ../nbs/32_preprocessing.ipynb #bab463c0
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -250,12 +251,10 @@ def save_preprocessed(
 # %% ../nbs/32_preprocessing.ipynb #e54b140c
 def _store(array, file):
     # write a .npy file whole or not at all; gives [bytes, checksum] as they go into the JSON file
-    array = np.ascontiguousarray(array)
-    with whole_file(file) as part:
-        np.save(part, array)
-        size = part.stat().st_size
-        with open(part, 'rb') as f: head = f.read(size - array.nbytes)
-    return [size, f'{zlib.crc32(array.reshape(-1).view(np.uint8), zlib.crc32(head)):08x}']
+    array, head = np.ascontiguousarray(array), io.BytesIO()
+    np.lib.format.write_array_header_1_0(head, np.lib.format.header_data_from_array_1_0(array))   # as np.save writes it
+    with whole_file(file) as part: np.save(part, array)
+    return [len(head.getvalue()) + array.nbytes, f'{zlib.crc32(array.reshape(-1).view(np.uint8), zlib.crc32(head.getvalue())):08x}']
 
 
 def _checksum(file):

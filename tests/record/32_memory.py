@@ -76,7 +76,7 @@ def main():
                 arguments = [sys.executable, __file__, command[0], raw, Path(work)/'plans.json', *command[1:]]
                 said = subprocess.run([str(a) for a in arguments], capture_output=True, text=True, check=True).stdout
             rows.append({'case': '', 'task': raw.name, 'spacing_factor': factor, **json.loads(said)})
-            rows[-1]['case'] = f"{raw.name.split('_')[1]}, {rows[-1]['case'][:12]}" + (f', {factor} × its spacing' if factor != 1 else '')
+            rows[-1]['case'] = f"{raw.name.split('_')[1]}, {rows[-1]['case'][:16]}" + (f', {factor} × its spacing' if factor != 1 else '')
             print(rows[-1], file=sys.stderr)
     out = dict(command='python tests/record/32_memory.py', python=sys.version.split()[0], numpy=np.__version__, cases=rows)
     (ROOT/'tests'/'recorded'/'32_memory.json').write_text(json.dumps(out, indent=1) + '\n')
