@@ -404,10 +404,11 @@ def _unfinished(dataset, out, name, identity, contents):
     if foreign := [c for c in cases if c not in dataset.cases]:
         raise PreprocessingError('the folder holds cases that are not in the data set', file=out/name,
                                  found=', '.join(foreign[:5]), fix='choose another folder, or delete them')
-    damaged = verify_preprocessed(out/name, contents=contents)
-    for damage in damaged:
-        warnings.warn(f'{damage}: the case is preprocessed again', stacklevel=3)
-        with _held(_case_lock(out, damage.case)): (out/name/f'{damage.case}.json').unlink(missing_ok=True)
+    for case in dict.fromkeys(d.case for d in verify_preprocessed(out/name, contents=contents)):
+        with _held(_case_lock(out, case)):                    # look again: another run may just have been writing it
+            damages = _damages(PreprocessedCase(out/name, case), contents)
+            for damage in damages: warnings.warn(f'{damage}: the case is preprocessed again', stacklevel=3)
+            if damages: (out/name/f'{case}.json').unlink(missing_ok=True)
     return {c for c in dataset.cases if not _is_done(dataset, out, name, identity, c)}
 
 # %% ../nbs/32_preprocessing.ipynb #92e8c9b2
