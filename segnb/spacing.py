@@ -86,14 +86,16 @@ def lowres_spacing(
     shape,        # (Z, Y, X), voxels, median at `target`, not rounded
     patch_voxels, # Function: spacing (z, y, x) -> voxels of the patch that is planned for it
     context=4,    # A patch should see at least 1/context of the median case
+    step=1.01,    # Growth of the spacing per trial
+    exact=False,  # True: decide on voxels that are not rounded, as nnU-Net v2 does
 ): # (z, y, x) in mm as float64, or None where full resolution is enough
     "Coarsen the spacing by 1 % steps, finer axes first, until a patch sees a quarter of the median case"
     target, shape = np.asarray(target, float), np.asarray(shape, float)
     spacing, voxels, patch = target.copy(), np.prod(shape), patch_voxels(target)
     while voxels > context * patch:
         finer = spacing.max() / spacing > 2
-        spacing[finer if finer.any() else slice(None)] *= 1.01
+        spacing[finer if finer.any() else slice(None)] *= step
         voxels = np.prod(target / spacing * shape)
         patch = patch_voxels(spacing.copy())
-    low, full = (np.prod(resampled_shape(shape, target, s)) for s in (spacing, target))
+    low, full = (np.prod(shape * target / s if exact else resampled_shape(shape, target, s)) for s in (spacing, target))
     return spacing if 2 * low < full else None

@@ -27,14 +27,16 @@ def _octaves(spacing):
 @functools.lru_cache(maxsize=2**14)
 def _pools(octaves, size, min_edge, max_pool):
     "Decide the pooling; the spacing enters only through the octaves between its axes"
-    axes, edge, number, pools, kernels = range(len(size)), list(size), [0] * len(size), [], []
+    axes, edge, number, pools, kernels, halve = range(len(size)), list(size), [0] * len(size), [], [], []
     while True:
-        # near[a]: the axes b with spacing[a] / spacing[b] < 2, at this depth of the encoder
-        near = [{b for b in axes if octaves[a][b] + number[a] - number[b] < 2} for a in axes]
-        halve = [a for a in axes if len(near[a]) == len(size) and edge[a] >= 2 * min_edge and number[a] < max_pool]
+        if len(halve) < len(size): # else the ratios are as before
+            # near[a][b]: spacing[a] / spacing[b] < 2, at this depth of the encoder
+            near = [[octaves[a][b] + number[a] - number[b] < 2 for b in axes] for a in axes]
+            alike = max(([near[a][b] and near[b][a] for b in axes] for a in axes), key=sum)   # the first on ties
+            close, kernel = [all(row) for row in near], tuple(3 if together else 1 for together in alike)
+        halve = [a for a in axes if close[a] and edge[a] >= 2 * min_edge and number[a] < max_pool]
         if not halve: break
-        alike = max(([b for b in near[a] if a in near[b]] for a in axes), key=len)   # the first on ties
-        kernels.append(tuple(3 if a in alike else 1 for a in axes))
+        kernels.append(kernel)
         pools.append(tuple(2 if a in halve else 1 for a in axes))
         for a in halve: number[a], edge[a] = number[a] + 1, -(-edge[a] // 2)         # halves round up
     kernels.append((3,) * len(size))               # the bottleneck is always 3 wide
@@ -73,6 +75,7 @@ def pool_and_kernels(
 )->tuple:              # (halvings per axis, pool kernels per step, convolution kernels per stage, padded patch, divisor)
     "Decide which axes each encoder step halves and which axes each stage convolves; all lists"
     size = tuple(int(s) for s in patch_size)
+    if rule not in _RULES: raise TopologyError('there is no such pooling rule', found=repr(rule), expected=' or '.join(_RULES))
     if len(spacing) != len(size) or min(size) < 1 or not min(spacing) > 0:
         raise TopologyError('no pooling can be planned', found=f'spacing {tuple(spacing)}, patch {size}',
                             expected='as many positive numbers in both')
@@ -101,8 +104,8 @@ def feature_map_voxels(
     convs_per_stage:int=2,      # convolutions per stage and side
 )->int:                         # numbers held by all feature maps for one sample
     "Count the values of all feature maps of the U-Net, nnU-Net's stand-in for memory"
-    size, pools = tuple(int(p) for p in patch_size), tuple(map(tuple, pool_op_kernel_sizes))
-    return _values(size, pools, in_channels, n_outputs, base_num_features, max_num_features, convs_per_stage)
+    size = patch_size if type(patch_size) is tuple else tuple(int(p) for p in patch_size)
+    return _values(size, tuple(map(tuple, pool_op_kernel_sizes)), in_channels, n_outputs, base_num_features, max_num_features, convs_per_stage)
 
 # %% ../nbs/23_topology.ipynb #18d679e4
 def residual_feature_map_voxels(

@@ -1,12 +1,12 @@
 """Plans beside nnU-Net 1.7.1 (recorded by tests/record/24_planning.py), and the original's own plans of Decathlon Task05."""
-import json, os, time
+import dataclasses, hashlib, importlib.util, json, os, time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from segnb.fingerprint import Fingerprint
-from segnb.planning import masks_for_norm, normalization_schemes, plan_experiment
+from segnb.planning import PLANNERS, Plans, PlansError, masks_for_norm, normalization_schemes, plan_experiment, snap_patch
 
 HERE = Path(__file__).parent
 REAL = Path(os.environ.get('SEGNB_REAL_DATA', HERE.parents[1]/'shared'/'data'))
@@ -107,3 +107,141 @@ def test_prostate():
     assert list(p.normalization_schemes) == list(theirs['normalization_schemes'].values()) and list(p.use_mask_for_norm) == list(theirs['use_mask_for_norm'].values())
     c = p.configuration('3d_fullres')
     assert (c.patch_size, c.batch_size, c.num_pool_per_axis) == ((20, 320, 256), 2, (2, 6, 6)) and c.base_num_features == theirs['base_num_features']
+
+
+# Every kind of data, every planner of the original -----------------------------------------------------------------------
+def load_inputs():
+    spec = importlib.util.spec_from_file_location('planning_inputs', HERE/'record'/'24_planning_inputs.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+INPUTS = load_inputs()
+with np.load(HERE/'recorded'/'24_planning_all.npz') as file: ALL = {k: file[k] for k in file.files}
+ERRORS = {w: {int(i): e for i, e in found.items()} for w, found in json.loads(str(ALL['errors'])).items()}
+
+
+def made(i):
+    spacings, shapes, channels, labels = INPUTS.fingerprint(int(ALL['seed']), i)
+    return Fingerprint(spacings, shapes, ['MRI']*channels, range(1, labels + 1))
+
+
+def whole(plans, which):
+    "The hash of a whole plan, in the spelling of the record"
+    found = [plans.configurations['2d']] if which == '2d' else volumes(plans)
+    rows = [list(plans.transpose_forward)]
+    for c in found:
+        d, residual = c.to_dict(), which == 'residual'
+        rows.append([[float(f'{mm:.9g}') for mm in d['spacing']], d['patch_size'], d['batch_size'], d['median_shape'], d['num_pool_per_axis'],
+                     [[1, 1, 1]]*residual + d['pool_op_kernel_sizes'], d['conv_kernel_sizes'], d['do_dummy_2d_data_aug'], d['blocks_per_stage_encoder'], d['blocks_per_stage_decoder']])
+    return int(hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16], 16)
+
+
+def test_the_inputs_are_those_of_the_record():
+    plain = lambda v: [plain(x) for x in v] if isinstance(v, (list, tuple, np.ndarray)) else v.item() if isinstance(v, np.generic) else v
+    digest = hashlib.sha256()
+    for i in range(len(ALL['3d_plan'])):
+        digest.update(hashlib.sha256(json.dumps([plain(v) for v in INPUTS.fingerprint(int(ALL['seed']), i)]).encode()).hexdigest().encode())
+    assert digest.hexdigest() == str(ALL['inputs']), "numpy draws other numbers than when this was recorded: record again"
+
+
+@pytest.mark.parametrize('part', range(4))
+def test_every_kind_of_data_by_every_planner(part):
+    n, counted = len(ALL['3d_plan']), 0
+    for i in range(part, n, 4):
+        f, plans = made(i), {}
+        for which in ('3d', '2d', 'residual'):
+            if i in ERRORS[which]: continue                             # the original crashed; see below
+            name = 'nnunet_v1_residual' if which == 'residual' else 'nnunet_v1'
+            p = plans.setdefault(name, None) or plan_experiment(f, planner=name)
+            plans[name] = p
+            found, where = ([p.configurations['2d']] if which == '2d' else volumes(p)), f'fingerprint {i} ({INPUTS.KINDS[i % len(INPUTS.KINDS)]}), {which}'
+            assert len(found) == ALL[f'{which}_stages'][i], where
+            for c, patch, batch in zip(found, ALL[f'{which}_patch'][i][-len(found):], ALL[f'{which}_batch'][i][-len(found):]):
+                assert list(c.patch_size) == patch[:len(c.patch_size)].tolist() and c.batch_size == batch, where
+            assert whole(p, which) == int(ALL[f'{which}_plan'][i]), where
+            counted += 1
+    assert counted > .9*3*n/4
+
+
+def test_where_the_original_crashes_ours_plans():
+    "UnboundLocalError: exactly four patches; IndexError: nothing to halve in a residual network; OverflowError: a slice too large for 3D"
+    for which, found in ERRORS.items():
+        for i, error in found.items():
+            p = plan_experiment(made(i), planner='nnunet_v1_residual' if which == 'residual' else 'nnunet_v1')
+            if error == 'UnboundLocalError': assert p.trace['patches_per_case'] == 4 and '3d_lowres' not in p.configurations
+            if error == 'IndexError': assert p.configuration('3d_fullres').pool_op_kernel_sizes == ()
+            if error == 'OverflowError': assert list(p.configurations) == ['2d'] and 'slices are too large' in p.explain()
+
+
+# What the original's published and recorded plans say --------------------------------------------------------------------
+def test_published_2d_plans():
+    for name, patch, batch in [('Hippocampus, 260 cases', (56, 40), 366), ('Hippocampus, 200 cases', (56, 40), 281), ('Liver', (512, 512), 12)]:
+        c = plan_experiment(known(name)).configuration('2d')
+        assert (c.patch_size, c.batch_size, c.max_num_features, c.batch_dice) == (patch, batch, 480, True), name
+    assert plan_experiment(known('BraTS 2020')).configuration('2d').patch_size == (192, 160)
+
+
+@pytest.mark.skipif(not (REAL/'recorded_v1_Task005_Prostate').exists(), reason='recorded plans not here; set SEGNB_REAL_DATA')
+def test_prostate_2d():
+    folder = REAL/'recorded_v1_Task005_Prostate'
+    d, theirs = (json.loads((folder/f).read_text()) for f in ('dataset_properties.json', 'nnUNetPlansv2.1_plans_2D.json'))
+    c = plan_experiment(Fingerprint(d['all_spacings'], d['all_sizes'], d['modalities'].values(), d['all_classes'], d['size_reductions'], d['intensityproperties'])).configuration('2d')
+    stage = next(iter(theirs['plans_per_stage'].values()))
+    assert {k: c.to_dict()[k] for k in KEYS} == {k: stage[v] for k, v in KEYS.items()} and (c.patch_size, c.batch_size) == ((320, 320), 32)
+
+
+# Configurations, plans of earlier versions, identities --------------------------------------------------------------------
+def test_the_cascade_and_what_it_reads():
+    p = plan_experiment(known('Liver'))
+    full, cascade = p.configuration('3d_fullres'), p.configuration('3d_cascade_fullres')
+    assert list(p.configurations) == ['2d', '3d_lowres', '3d_fullres', '3d_cascade_fullres']
+    assert [c.data_configuration for c in p.configurations.values()] == ['2d', '3d_lowres', '3d_fullres', '3d_fullres']
+    assert [c.dimensions for c in p.configurations.values()] == [2, 3, 3, 3] and cascade.previous_stage == '3d_lowres'
+    assert dataclasses.replace(cascade, name='3d_fullres', previous_stage=None) == full
+    assert len({p.identity(n) for n in p.configurations} | {p.identity()}) == 5
+    coarser = dataclasses.replace(p.configuration('3d_lowres'), spacing=(3, 3, 3))
+    other = dataclasses.replace(p, configurations={**p.configurations, '3d_lowres': coarser})
+    assert [other.identity(n) == p.identity(n) for n in p.configurations] == [True, False, True, False]
+
+
+def test_identity_of_a_plan_written_before_there_were_more_configurations():
+    p = plan_experiment(known('Hippocampus, 200 cases'))
+    alone = dataclasses.replace(p, configurations={'3d_fullres': p.configuration('3d_fullres')})
+    assert alone.identity() == p.identity('3d_fullres') == IDENTITY_OF_VERSION_0_1
+
+
+IDENTITY_OF_VERSION_0_1 = 'bde0426aab2ae427'
+
+
+@pytest.mark.parametrize('planner', PLANNERS)
+@pytest.mark.parametrize('gb', [4, 8, 24, 80])
+def test_what_holds_for_every_plan(planner, gb):
+    for i in range(0, 27):
+        p = plan_experiment(made(i), planner=planner, memory_gb=gb)
+        for c in p.configurations.values():
+            how = p.trace['configurations'][c.data_configuration]
+            assert how['steps'][-1]['memory'] <= how['limit'] and how['steps'][-1]['patch_size'] == list(c.patch_size)
+            assert all(n % 2**k == 0 for n, k in zip(c.patch_size, c.num_pool_per_axis)) and len(c.strides) == len(c.conv_kernel_sizes) == len(c.features_per_stage)
+            assert c.batch_size <= max(2, how['by_memory']) and c.do_dummy_2d_data_aug == (c.dimensions == 3 and max(c.patch_size)/c.patch_size[0] > 3)
+        assert Plans.from_dict(json.loads(json.dumps(p.to_dict()))) == p and p.explain()
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_edits_stay_legal(seed):
+    rng, p = np.random.default_rng(seed), plan_experiment(known('Liver'))
+    for _ in range(8):
+        name, wish = ['2d', '3d_lowres', '3d_fullres'][rng.integers(3)], {}
+        n = 2 if name == '2d' else 3
+        if rng.integers(2): wish['patch_size'] = rng.integers(16, 140, n)
+        if rng.integers(2): wish['spacing'] = rng.uniform(.6, 4, 3)
+        if not wish: wish['base_num_features'] = int(rng.integers(8, 48))
+        try: q = p.edit(name, say=None, **wish)
+        except PlansError: continue
+        c = q.configuration(name)
+        how = q.trace['configurations'][name]
+        assert how['steps'][-1]['memory'] <= how['limit'] and Plans.from_dict(q.to_dict()) == q and q.explain()
+        assert q.configurations['3d_fullres'].batch_dice == ('3d_lowres' in q.configurations) == ('3d_cascade_fullres' in q.configurations)
+        if 'patch_size' in wish: assert c.patch_size == snap_patch(c.spacing[-n:], wish['patch_size'])
+        p = q
