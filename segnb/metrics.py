@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .image import PICTURES, SegnbError, read_label_map
+from .image import IMAGE_ENDINGS, SegnbError, read_label_map
 from .workers import parallel_map
 
 # %% ../nbs/60_metrics.ipynb #572ba38d
@@ -74,8 +74,6 @@ def _mean_scores(
     return means, {'dice': nanmean([m['dice'] for label, m in means.items() if label != 0])}
 
 # %% ../nbs/60_metrics.ipynb #7c56d15f
-_ENDINGS = ('.nii.gz', '.nii', '.nrrd', '.mha', *PICTURES)
-
 def _label_files(
     folder,      # Where label maps lie
     ending=None, # Only files that end so; None: every format that is known
@@ -84,7 +82,7 @@ def _label_files(
     if not Path(folder).is_dir(): raise MetricsError('this is not a folder', file=folder)
     files = {}
     for file in sorted(Path(folder).iterdir()):
-        its = next((e for e in ([ending] if ending else _ENDINGS) if file.name.lower().endswith(e.lower())), None)
+        its = next((e for e in ([ending] if ending else IMAGE_ENDINGS) if file.name.lower().endswith(e.lower())), None)
         if its is None or file.name.startswith('.'): continue
         case = file.name[:-len(its)]
         if case in files:
@@ -103,7 +101,7 @@ def _pair_files(
     ours, theirs = _label_files(prediction, ending), _label_files(reference, ending)
     wanted = set(theirs) | set(ours) if cases is None else set(cases)
     if not wanted:
-        raise MetricsError('no label maps here', file=reference, expected=f'files ending in {ending or ", ".join(_ENDINGS)}')
+        raise MetricsError('no label maps here', file=reference, expected=f'files ending in {ending or ", ".join(IMAGE_ENDINGS)}')
     gaps = [f'no {kind} for {", ".join(missing)}' for files, kind in ((ours, 'prediction'), (theirs, 'reference'))
             if (missing := sorted(wanted - set(files)))]
     if gaps: raise MetricsError('the folders do not hold the same cases', file=prediction, found='; '.join(gaps),

@@ -138,7 +138,7 @@ def predict_files(self:Predictor,
 def predict_folder(self:Predictor,
     source,                  # Folder with `<case>_0000.nii.gz`, ...
     out,                     # Folder for `<case>.nii.gz`; made if needed
-    file_ending:str='.nii.gz', # Ending of the images and of the label maps
+    file_ending:str='.nii.gz', # Ending of the images and of the label maps; None: any image, and label maps as .nii.gz
     overwrite:bool=False,    # Predict again what is already there
     progress:bool=True,      # Show a bar with a time estimate
 )->list:                     # Label map files, one a case
@@ -147,7 +147,7 @@ def predict_folder(self:Predictor,
     check_writable(out)
     written, failed = [], []
     for case, files in tqdm(cases.items(), desc='predicting', unit='case', disable=not progress):
-        target = out/f'{case}{file_ending}'
+        target = out/f"{case}{file_ending or '.nii.gz'}"
         try:
             if overwrite or not target.exists(): self.predict_files(files, target)
             written.append(target)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from . import __version__
 from .augmentation import BatchStream, default_parameters, deep_supervision_scales, training_transforms, validation_transforms
 from .image import SegnbError, whole_file
+from .dataset import Description
 from .labels import Labels
 from .loader import PatchLoader
 from .loss import DeepSupervisionLoss, DiceCELoss, deep_supervision_weights
@@ -364,8 +365,7 @@ def _check_cases(t):
     folder = t.preprocessed/t.configuration
     if not folder.is_dir(): raise TrainingError('the configuration is not preprocessed', file=folder, fix=f'preprocess it, or train one of {sorted(p.name for p in t.preprocessed.iterdir() if p.is_dir())}')
     t.cases = load_preprocessed(folder)
-    files = [Path(e['label'] if isinstance(e, dict) else e).name for e in t.dataset.get('training', ())]
-    listed = {name.removesuffix(t.dataset.get('file_ending', '.nii.gz')) for name in files}
+    listed = set(Description(t.preprocessed).cases)
     missing = sorted(listed - set(t.cases))
     if missing: raise TrainingError(f'{len(missing)} of {len(listed)} training cases are not preprocessed', file=folder, found=f"none for {', '.join(missing[:5])}", fix='preprocess the data set')
     file = t.preprocessed/'splits.json'

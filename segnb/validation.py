@@ -11,12 +11,12 @@ import sys
 import numpy as np
 from tqdm import tqdm
 from .export import save_label_map, to_original_grid
-from .image import Geometry, SegnbError
+from .image import Geometry, SegnbError, image_ending
 from .metrics import evaluate_folder
 from .prediction import Predictor
 from .preprocessing import load_preprocessed, preprocessing_identity
 from .training import load_checkpoint
-from .workers import check_writable, read_json, write_json
+from .workers import check_writable, write_json
 
 # %% ../nbs/65_validation.ipynb #d26b9d22
 class ValidationError(SegnbError):
@@ -33,10 +33,10 @@ def _held_back(model, fold, checkpoint, preprocessed, predictor):
     for name in names:
         if there[name].properties.get('preprocessing', expected) != expected:
             raise ValidationError('the case was preprocessed by another plan than the model\'s', case=name, file=preprocessed/configuration, fix='preprocess with the model\'s plans.json')
-    ending = read_json(preprocessed/'dataset.json').get('file_ending', '.nii.gz')
-    lost = [n for n in names if not (preprocessed/'gt_segmentations'/f'{n}{ending}').exists()]
+    truth = {f.name.removesuffix(image_ending(f)): f.name for f in (preprocessed/'gt_segmentations').glob('[!.]*')}
+    lost = [n for n in names if n not in truth]
     if lost: raise ValidationError('the reference label map is missing', case=', '.join(lost[:5]), file=preprocessed/'gt_segmentations', fix='preprocess the data set again')
-    return {f'{name}{ending}': there[name] for name in names}
+    return {truth[name]: there[name] for name in names}
 
 # %% ../nbs/65_validation.ipynb #43fd7419
 def predict_case(

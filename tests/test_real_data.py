@@ -40,9 +40,11 @@ def hippocampus(tmp_path_factory):
 def test_hippocampus_is_planned_as_expected(hippocampus):
     dataset, plans = hippocampus
     full = plans.configuration('3d_fullres')
-    assert len(dataset.cases) == 200 and list(plans.configurations) == ['3d_fullres']
+    assert len(dataset.cases) == 200 and list(plans.configurations) == ['2d', '3d_fullres']
     assert tuple(full.spacing) == (1, 1, 1) and tuple(np.round(full.median_shape)) == (36, 50, 35)
     assert tuple(full.patch_size) == (40, 56, 40) and full.batch_size == 7 and tuple(full.num_pool_per_axis) == (3, 3, 3)
+    flat = plans.configuration('2d')
+    assert tuple(flat.patch_size) == (56, 40) and flat.batch_size == 281
 
 
 @pytest.mark.parametrize('index', [0, 57, 199])
