@@ -109,7 +109,10 @@ def classify_grid(
     if numbers['overlap'] >= .9:
         numbers['edges_by_header'] = round(edge_agreement(image, resample_nearest(other, geometry, reference)), 4)
     by_index, by_header = numbers.get('edges_by_index', -1), numbers.get('edges_by_header', -1)
-    if same_shape and not by_header > max(by_index, .02) * 1.25: return 'header only', numbers
+    least = max(.02, 4 / np.sqrt(image.size))  # what noise reaches
+    if same_shape and not by_header > max(by_index, least) * 1.25:
+        numbers['sure'] = bool(numbers['overlap'] < .9 or by_index > max(by_header, least) * 1.25)
+        return 'header only', numbers
     return ('needs resampling' if numbers['overlap'] >= .9 else 'unusable grid'), numbers
 
 # %% ../nbs/15_doctor.ipynb #593de639
@@ -338,6 +341,7 @@ def _grid_finding(case, file, what, array, geometry, first, reference):
     sentence = f'{what}: ' + '; '.join(geometry.differences(reference))
     if 'edges_by_header' in numbers and 'edges_by_index' in numbers:
         sentence += f'. Edges agree {numbers["edges_by_index"]:.2f} voxel by voxel, {numbers["edges_by_header"]:.2f} where the headers say'
+    if not numbers.get('sure', True): sentence += ': they cannot decide, so look before you repair'
     if relation == 'unusable grid': sentence += f'. {numbers["overlap"]:.0%} of it lies inside the image'
     seen = first if relation == 'unusable grid' else array if array.shape == first.shape else resample_nearest(array, geometry, reference)
     repair = 'resample this channel to the grid of the first' if relation == 'needs resampling' and what != 'label map' else None
@@ -1080,13 +1084,14 @@ def _repair_case(job):
     return logs
 
 # %% ../nbs/15_doctor.ipynb #924c6a29
-def _sort_out(report, label_map):
+def _sort_out(report, label_map, unsure):
     "Decide per case: ({case: reason to leave it out}, {case: findings to mend}, [what stays and why])"
     out, mend, stays = {}, {}, []
     for f in report.findings:
         told = f.kind == 'undeclared label' and all(v in label_map for v in f.numbers['values'])
         channel = f.kind == 'needs resampling' and f.numbers['of'] != 'label map'
-        if f.case and f.severity != 'note' and (f.kind in _LEAVE_OUT and not told or channel): out.setdefault(f.case, f'{f.kind}: {f.what}')
+        doubt = f.kind == 'header only' and not f.numbers['sure'] and not unsure
+        if f.case and f.severity != 'note' and (f.kind in _LEAVE_OUT and not told or channel or doubt): out.setdefault(f.case, f'{f.kind}: {f.what}')
         elif f.case and (f.kind in _MENDED or told): mend.setdefault(f.case, []).append(f)
         else: stays.append(dict(case=f.case, kind=f.kind, what=f.what, why=f.repair))
     return out, {c: m for c, m in mend.items() if c not in out}, stays
@@ -1134,12 +1139,14 @@ def repair(
     label_map:dict=None,   # {value in the files: declared value}, for values that dataset.json does not declare
     n_workers:int=None,    # As in `parallel_map`
     progress=True,         # As in `parallel_map`
+    unsure:bool=False,     # Copy a header even where the edges cannot decide; else such a case is left out
 )->dict:                   # What was done, also in out/repair.json: enough to undo every change
     "Write a repaired copy of a data set, which links to the files that need no repair; raises `DoctorError`"
     dataset, out = dataset if hasattr(dataset, 'image_files') else Dataset(dataset), Path(out)
-    label_map = {int(k): int(v) for k, v in (label_map or {}).items()}
+    label_map, known = {int(k): int(v) for k, v in (label_map or {}).items()}, _declared(dataset.json)
+    if strange := sorted(set(label_map.values()) - set(known)): raise DoctorError('label_map leads to undeclared values', found=strange, expected=sorted(known))
     _refuse(dataset, report, out)
-    left_out, mend, stays = _sort_out(report, label_map)
+    left_out, mend, stays = _sort_out(report, label_map, unsure)
     kept = [c for c in report.cases if c not in left_out]
     check_writable(out.parent)
     part = out.parent/f'.{uuid.uuid4().hex[:12]}.{out.name}'
@@ -1209,6 +1216,7 @@ def diagnose(
     n_workers:int=None,    # As in `parallel_map`
     progress=True,         # As in `parallel_map`
     say=print,             # Where the lines go
+    unsure:bool=False,     # As in `repair`
 )->int:                    # Exit status: 0 without an error, 1 with one
     "Examine a data set, say what was found, and write what is asked for"
     report = examine(folder, n_workers, progress)
@@ -1216,7 +1224,7 @@ def diagnose(
     if json_file: report.save(json_file)
     if html_file: report.to_html(html_file)
     if repair_to:
-        log = repair(folder, report, repair_to, label_map, n_workers, progress)
+        log = repair(folder, report, repair_to, label_map, n_workers, progress, unsure)
         say(f'\nrepaired copy in {repair_to}: {len(log["changed"])} files changed, {log["linked"]} cases linked as they are, {len(log["left_out"])} left out; repair.json says how to undo it')
         for c, gone in log['left_out'].items(): say(f'  left out {c}: {gone["reason"]}')
     return int(report.counts['error'] > 0)
