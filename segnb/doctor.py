@@ -109,7 +109,7 @@ def classify_grid(
     if numbers['overlap'] >= .9:
         numbers['edges_by_header'] = round(edge_agreement(image, resample_nearest(other, geometry, reference)), 4)
     by_index, by_header = numbers.get('edges_by_index', -1), numbers.get('edges_by_header', -1)
-    least = max(.02, 4 / np.sqrt(image.size))  # what noise reaches
+    least = max(.02, 6 / np.sqrt(image.size))  # what noise reaches
     if same_shape and not by_header > max(by_index, least) * 1.25:
         numbers['sure'] = bool(numbers['overlap'] < .9 or by_index > max(by_header, least) * 1.25)
         return 'header only', numbers

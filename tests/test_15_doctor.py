@@ -418,3 +418,14 @@ def test_odd_files_are_named_one_by_one():
     assert 'header contradiction' in kinds['ct_shear'] and 'unreadable file' in kinds['asl_4d_oblique'] and 'wrong channels' in kinds['rgb_2d_slice']
     assert report.of('orientation') and not kinds['oblique_lesion_label'] & {'unreadable file', 'header contradiction'}
     assert set().union(*kinds.values()) <= set(KINDS)
+
+
+def test_nothing_is_repaired_on_weak_evidence(tmp_path):
+    def harm(i, p):
+        if i == 2: p[0][:] = [np.random.default_rng(5 + k).normal(300, 8, p[1].shape).astype(np.float32) for k in range(2)]; p[3] = replace(p[3], origin=(4, 5, 3))
+    folder = two_channels(tmp_path/'Task001_A', 7, spoil=harm)
+    report = examine(folder, 0)
+    assert [(f.kind, f.case, f.numbers['sure']) for f in report.of('header only')] == [('header only', 'p2', False)] and 'cannot decide' in report.of('header only')[0].what
+    assert 'p2' in repair(folder, report, tmp_path/'careful', n_workers=0)['left_out']
+    assert repair(folder, report, tmp_path/'bold', n_workers=0, unsure=True)['changed'][0]['case'] == 'p2'
+    with pytest.raises(DoctorError, match='undeclared values'): repair(folder, report, tmp_path/'wrong', label_map={7: 12})
