@@ -433,6 +433,7 @@ def _budget(planner, memory_gb):
         raise PlansError('memory_gb is wrong', found=repr(gb), expected='a number above 0')
     return found, gb
 
+# %% ../nbs/24_planning.ipynb #5e8e42b1
 def _plan_volumes(planner, target, median, forward, counts, gb):
     "Plan the 3D networks; gives (fields, how) of each by name, and the numbers of the low-resolution search; axes of the files"
     def stage(name, spacing): return _configure(name, spacing[forward], target[forward], median[forward], counts, planner, gb)
@@ -548,6 +549,7 @@ def _stages(c):
         yield size, mm, features, kernel, pool
         size, mm = tuple(n // k for n, k in zip(size, pool)), tuple(m * k for m, k in zip(mm, pool))
 
+# %% ../nbs/24_planning.ipynb #58fa2b7e
 def _explain_network(c):
     "List the stages of the encoder, with the reason of each halving that is not made"
     lines, first = [], 3 - c.dimensions
@@ -610,18 +612,22 @@ def _draw_stage(ax, c, i, stage, apart):
     "Draw the boxes of one stage, encoder left, decoder right; the bottleneck has one"
     from segnb.viewer import label_color
     size, mm, features, kernel, pool = stage
-    work = f'{c.blocks_per_stage_encoder[i]} blocks' if c.blocks_per_stage_encoder else '2 convolutions'
-    text = (f"{_by(size)} voxels, {features} features\n{_by([float(n * m) for n, m in zip(size, mm)])} mm, "
-            f"voxel {_by([float(m) for m in mm])}\n{work} {_by(kernel)}")
-    box = dict(boxstyle='round,pad=0.35', facecolor=label_color(2), edgecolor='#777777', alpha=.35)
-    last = i == len(c.pool_op_kernel_sizes)
-    for x in ([0] if last else [-apart, apart]): ax.text(x, -i, text, ha='center', va='center', fontsize=7, bbox=box)
-    arrow = dict(arrowstyle='->', color='#555555')
-    if last: return
+    last, residual, box = len(c.pool_op_kernel_sizes), c.blocks_per_stage_encoder, dict(boxstyle='round,pad=0.35', facecolor=label_color(2), edgecolor='#777777', alpha=.35)
+    def several(n, what): return f"{n} {what}{'s' if n > 1 else ''}"
+    down = several(residual[i], 'block') if residual else '2 convolutions'
+    boxes = [(-apart if i < last else 0, f'{down} {_by(kernel)}')]
+    if i < last: # a plain decoder convolves with the kernel of the stage below, that of a residual network with its own
+        up = several(c.blocks_per_stage_decoder[last - 1 - i], 'convolution') if residual else '2 convolutions'
+        boxes.append((apart, f'{up} {_by(kernel if residual else c.conv_kernel_sizes[i + 1])}'))
+    for x, work in boxes:
+        text = f"{_by(size)} voxels, {features} features\n{_by([float(n * m) for n, m in zip(size, mm)])} mm, voxel {_by([float(m) for m in mm])}\n{work}"
+        ax.text(x, -i, text, ha='center', va='center', fontsize=7, bbox=box)
+    if i == last: return
+    arrow, end = dict(arrowstyle='->', color='#555555'), apart - .12 if i < last - 1 else .85
     ax.annotate('', (apart - 1.05, -i), (-apart + 1.05, -i), arrowprops=dict(**arrow, linestyle=':'))
     ax.text(-apart - 1.15, -i - .5, f'halve {_by(pool)}', ha='right', va='center', fontsize=7, color='#555555')
-    ax.annotate('', (-apart + .12, -i - .72), (-apart, -i - .32), arrowprops=arrow)
-    ax.annotate('', (apart, -i - .32), (apart - .12, -i - .72), arrowprops=arrow)
+    ax.annotate('', (-end, -i - .7), (-apart, -i - .32), arrowprops=arrow)
+    ax.annotate('', (apart, -i - .32), (end, -i - .7), arrowprops=arrow)
 
 def _draw(plans,
     configuration:str='3d_fullres', # name of a configuration of the plan
@@ -633,10 +639,11 @@ def _draw(plans,
     fig, ax = figure(1, 1, 10, .9 + .68 * (last + 1))
     for i, stage in enumerate(_stages(c)): _draw_stage(ax, c, i, stage, 2.5 - 1.3 * i / max(last, 1))
     more = f' + {len(plans.labels)} from {c.previous_stage}' if c.previous_stage else ''
-    ax.set(xlim=(-4.6, 3.7), ylim=(-last - .6, .6), title=f'{c.name}: batch {c.batch_size}, input {len(plans.channels)}{more} channels, {plans.n_outputs} outputs')
+    ax.set(xlim=(-4.6, 3.7), ylim=(-last - .6, .6), title=f'{c.name}: batch {c.batch_size}, input channels {len(plans.channels)}{more}, outputs {plans.n_outputs}')
     ax.axis('off')
     return fig
 
+# %% ../nbs/24_planning.ipynb #ac4d2af0
 def _draw_search(plans,
     configuration:str='3d_fullres', # name of a configuration of the plan
 ): # matplotlib figure
@@ -649,7 +656,7 @@ def _draw_search(plans,
     left.plot([s['memory']/1e6 for s in steps], color='#999999', lw=1)
     for i, s in enumerate(steps): left.plot(i, s['memory']/1e6, 'o', color='#333333' if s['axis'] is None else label_color(s['axis'] + first + 1))
     left.axhline(limit, color='#333333', ls='--', lw=1)
-    left.text(len(steps) - 1, limit, f'limit {limit:.4g}', ha='right', va='bottom', fontsize=8)
+    left.text(0, limit, f'limit {limit:.4g}', va='bottom', fontsize=8)
     left.set(yscale='log', xlabel='trial', ylabel='million values', title=f"{c.name}: {steps[-1]['memory']/1e6:.4g} of {limit:.4g} million values")
     for a in range(c.dimensions):
         share = [s['patch_size'][a] / c.median_shape[a + first] for s in steps]
@@ -798,25 +805,6 @@ def _edit_one(plans, c, wishes, planner, allow):
     return dataclasses.replace(c, **fields | {k: v for k, v in wishes.items() if k != 'patch_size'}), how, notes
 
 # %% ../nbs/24_planning.ipynb #a1e30abc
-def _edit(plans,
-    configuration:str,   # '2d', '3d_lowres' or '3d_fullres'; the cascade follows the last two
-    *,
-    allow:bool=False,    # True: also beyond the memory, and larger than the median case
-    planner=None,        # `Planner` that made the plan, if it is not in `PLANNERS`
-    say=print,           # function for each sentence about a change; None: silent
-    **changes,           # patch_size, batch_size, spacing, base_num_features, max_num_features, batch_dice, do_dummy_2d_data_aug
-)->Plans:                # a new plan; the old one stays as it is
-    "Change a configuration and plan anew what follows from the change; raise `PlansError` for what cannot be"
-    c = plans.configuration(configuration)
-    new, how, notes = _edit_one(plans, c, _check_wishes(plans, c, dict(changes)), planner, allow)
-    notes += [f'{k}: {old} → {getattr(new, k)}' for k, old in vars(c).items() if old != getattr(new, k)]
-    found, trace = {**plans.configurations, c.name: new}, copy.deepcopy(plans.trace)
-    trace['configurations'][c.name] = _plain(how)
-    if c.name == '3d_fullres': notes += _follow(plans, new, found, trace, planner, changes)
-    trace['edits'] = {**trace.get('edits', {}), c.name: [*trace.get('edits', {}).get(c.name, []), *notes]}
-    for note in notes if say else []: say(f'{c.name}, {note}')
-    return dataclasses.replace(plans, configurations={n: found[n] for n in (*CONFIGURATIONS, *found) if n in found}, trace=trace)
-
 def _follow(plans, full, found, trace, planner, wishes):
     "Let low resolution and cascade follow a changed full resolution; gives what was said"
     old, notes, had = plans.configurations['3d_fullres'], [], '3d_lowres' in found
@@ -838,6 +826,26 @@ def _follow(plans, full, found, trace, planner, wishes):
         found['3d_cascade_fullres'] = dataclasses.replace(full, name='3d_cascade_fullres', previous_stage='3d_lowres', batch_dice=True)
         notes.append('3d_cascade_fullres follows')
     return notes
+
+# %% ../nbs/24_planning.ipynb #c2e4fe67
+def _edit(plans,
+    configuration:str,   # '2d', '3d_lowres' or '3d_fullres'; the cascade follows the last two
+    *,
+    allow:bool=False,    # True: also beyond the memory, and larger than the median case
+    planner=None,        # `Planner` that made the plan, if it is not in `PLANNERS`
+    say=print,           # function for each sentence about a change; None: silent
+    **changes,           # patch_size, batch_size, spacing, base_num_features, max_num_features, batch_dice, do_dummy_2d_data_aug
+)->Plans:                # a new plan; the old one stays as it is
+    "Change a configuration and plan anew what follows from the change; raise `PlansError` for what cannot be"
+    c = plans.configuration(configuration)
+    new, how, notes = _edit_one(plans, c, _check_wishes(plans, c, dict(changes)), planner, allow)
+    notes += [f'{k}: {old} → {getattr(new, k)}' for k, old in vars(c).items() if old != getattr(new, k)]
+    found, trace = {**plans.configurations, c.name: new}, copy.deepcopy(plans.trace)
+    trace['configurations'][c.name] = _plain(how)
+    if c.name == '3d_fullres': notes += _follow(plans, new, found, trace, planner, changes)
+    trace['edits'] = {**trace.get('edits', {}), c.name: [*trace.get('edits', {}).get(c.name, []), *notes]}
+    for note in notes if say else []: say(f'{c.name}, {note}')
+    return dataclasses.replace(plans, configurations={n: found[n] for n in (*CONFIGURATIONS, *found) if n in found}, trace=trace)
 
 Plans.edit = _edit
 
