@@ -838,6 +838,8 @@ def _edit(plans,
 )->Plans:                # a new plan; the old one stays as it is
     "Change a configuration and plan anew what follows from the change; raise `PlansError` for what cannot be"
     c = plans.configuration(configuration)
+    missing = [k for k in ('n_cases', 'median_shape', 'configurations') if k not in plans.trace]
+    if missing: raise PlansError('the plan does not say how it came about', found=f"no {', '.join(missing)} in its trace", fix='plan the data set again')
     new, how, notes = _edit_one(plans, c, _check_wishes(plans, c, dict(changes)), planner, allow)
     notes += [f'{k}: {old} → {getattr(new, k)}' for k, old in vars(c).items() if old != getattr(new, k)]
     found, trace = {**plans.configurations, c.name: new}, copy.deepcopy(plans.trace)
