@@ -8,7 +8,6 @@ __all__ = ['KINDS', 'UsageError', 'find_raw', 'find_preprocessed', 'convert', 'd
 
 # %% ../nbs/90_cli.ipynb #59552cda
 import argparse, os, sys, warnings
-from dataclasses import replace
 from pathlib import Path
 from . import __version__
 from .image import SegnbError
@@ -69,7 +68,7 @@ def doctor(
     workspace='workspace',# The workspace, where a name or number is looked up
     undo:bool=False,      # Take back the repairs of a folder that the doctor wrote
     say=print,            # Where messages go
-    **options,            # For `segnb.doctor.diagnose`: repair_to, json_file, html_file, label_map, n_workers, progress
+    **options,            # For `segnb.doctor.diagnose`: repair_to, json_file, html_file, label_map, n_workers, progress, unsure
 )->int:                   # Exit status: 0, or 1 where an error was found
     "Examine a data set and perhaps write a repaired copy of it; raises `SegnbError`"
     from segnb import doctor
@@ -170,6 +169,7 @@ def preprocess(
     workspace,            # The workspace
     configurations=None,  # Names in the plan; None: all
     workers:int=None,     # Processes; None: as many as pay
+    verify:bool=True,     # Read finished cases and compare their checksums; False: compare sizes only
     say=print,            # Where messages go
 )->Path:                  # The preprocessed folder
     "Crop, resample and normalise every training case; raises `SegnbError`"
@@ -182,7 +182,7 @@ def preprocess(
     if not (source/'dataset.json').exists(): raise UsageError(f'{out} was planned from {source}, which is not there any more; run segnb plan with its new place')
     plans, data = Plans.load(out/'plans.json'), Dataset(source)
     configurations = configurations or list(plans.configurations)
-    preprocess_dataset(data, plans, out, configurations, workers)
+    preprocess_dataset(data, plans, out, configurations, workers, verify, say)
     say(f"{len(data.cases)} cases preprocessed for {', '.join(configurations)} in {out}")
     return out
 
@@ -315,7 +315,7 @@ def demo(
     "Run the whole pipeline on a phantom task, from raw files to scored, overlaid label maps; raises `SegnbError`"
     import shutil
     from segnb.metrics import format_table
-    from segnb.planning import PLANNERS
+    from segnb.planning import PLANNERS, Planner
     from segnb.samples import make_samples
     out = Path(out)
     samples = Path(samples or 'data_samples')
@@ -323,8 +323,8 @@ def demo(
         samples = out/'raw'
         say(f'making {task} in {samples}')
         make_samples(samples, [task])
-    raw, results = samples/task, out/'results'
-    plan(str(raw), out, planner=replace(PLANNERS['cpu'], name='demo', base_num_features=8), say=say)
+    raw, results, cpu = samples/task, out/'results', PLANNERS['cpu']
+    plan(str(raw), out, planner=Planner('demo', base_num_features=8, max_patch_voxels=cpu.max_patch_voxels, max_batch=cpu.max_batch), say=say)
     preprocess(task, out, ['3d_fullres'], say=say)
     model = train(task, out, fold='0', overwrite=True, minutes=minutes, iterations=100, val_iterations=10, device=device,
                   precision=_fast_precision(device), progress=progress, validation=False, say=say)
@@ -404,6 +404,7 @@ def _doctor_verb(verbs):
     p.add_argument('--html', metavar='FILE', help='write one page with a picture of each kind of finding')
     p.add_argument('--json', metavar='FILE', help='write the findings as JSON')
     p.add_argument('--map', nargs='+', type=_pairs, metavar='OLD=NEW', help='with --repair: label values to replace, such as 205=1 420=2')
+    p.add_argument('--unsure', action='store_true', help='with --repair: also repairs that the voxels cannot prove')
     p.add_argument('--undo', action='store_true', help='the folder is a repaired copy: take every repair back')
 
 # %% ../nbs/90_cli.ipynb #7b0dc007
@@ -428,6 +429,7 @@ def _data_verbs(verbs):
     p = _verb(verbs, 'preprocess', _run_preprocess, 'Crop, resample and normalise the training cases.', 'segnb preprocess 4 -w workspace')
     _arguments(p, 'dataset', 'workspace', 'workers')
     p.add_argument('-c', '--configuration', nargs='+', default=None, help='configurations of the plan (default: all)')
+    p.add_argument('--no-verify', action='store_true', help='trust finished cases by their size; by default their checksums are compared')
 
 # %% ../nbs/90_cli.ipynb #355c4a62
 def _model_verbs(verbs):
@@ -475,12 +477,12 @@ def _run_convert(a):
     convert(a.kind, *(getattr(a, s) for s in a.sources), a.out, **options)
 def _run_doctor(a):
     mapping = {int(old): new for old, new in a.map} if a.map else None
-    return doctor(a.dataset, a.workspace, a.undo, repair_to=a.repair, json_file=a.json, html_file=a.html, label_map=mapping, n_workers=a.workers, progress=not a.quiet)
+    return doctor(a.dataset, a.workspace, a.undo, repair_to=a.repair, json_file=a.json, html_file=a.html, label_map=mapping, unsure=a.unsure, n_workers=a.workers, progress=not a.quiet)
 def _run_plan(a):
     if a.edit: edit_plan(a.dataset, a.workspace, a.edit[0], dict(_change(text) for text in a.edit[1:]), a.allow)
     else: plan(a.dataset, a.workspace, a.planner or 'nnunet_v1', a.memory_gb, a.workers, a.overwrite_plans)
     if a.draw: draw_plan(a.dataset, a.workspace)
-def _run_preprocess(a): preprocess(a.dataset, a.workspace, a.configuration, a.workers)
+def _run_preprocess(a): preprocess(a.dataset, a.workspace, a.configuration, a.workers, not a.no_verify)
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta,
@@ -508,12 +510,12 @@ def main(
     argv:list=None, # Arguments without the program's name; None: those of the process
 )->int:             # Exit status: 0 done, 1 a failure, 2 wrong use or wrong data
     "Run the `segnb` command; what the user can mend is said in one message instead of a traceback"
-    from segnb.workers import WorkerError, WorkerWarning
+    from segnb.workers import WorkerError
     args = parser().parse_args(argv)
     shown = warnings.showwarning
     def show(message, category, *where, **more):
-        "A warning about a worker is news for the user, not about a line of code"
-        if issubclass(category, WorkerWarning): print(f'segnb: {message}', file=sys.stderr)
+        "A warning of ours is news for the user, not about a line of code"
+        if issubclass(category, UserWarning): print(f'segnb: {message}', file=sys.stderr)
         else: shown(message, category, *where, **more)
     warnings.showwarning = show
     try: return args.run(args) or 0

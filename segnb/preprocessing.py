@@ -27,7 +27,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .cropping import CropBox, crop_to_nonzero
-from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_geometry, read_label_map, whole_file
+from .image import IMAGE_ENDINGS, PAIRS, SegnbError, image_ending, read_geometry, read_label_map, whole_file, write_label_map
 from .labels import Labels
 from .normalization import normalize
 from .resampling import resample_case, resample_image, resample_label_map
@@ -437,6 +437,8 @@ def estimate_case(
 # %% ../nbs/32_preprocessing.ipynb #79b83943
 def _link_truth(dataset, case, folder):
     source = Path(dataset.label_file(case))
+    if image_ending(source).lower() in ('', *PAIRS):           # a header whose voxels lie elsewhere cannot be linked alone
+        return write_label_map(*read_label_map(source, header=dataset.header), folder/f'{case}.nii.gz')
     with whole_file(folder/f'{case}{image_ending(source)}') as part:
         try: os.link(source.resolve(), part)
         except OSError: shutil.copy(source, part)

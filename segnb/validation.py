@@ -25,7 +25,7 @@ class ValidationError(SegnbError):
 def _held_back(model, fold, checkpoint, preprocessed, predictor):
     "The cases that the fold's network did not train on, ready to predict: {name of the label map: preprocessed case}"
     file = model/f'fold_{fold}'/f'checkpoint_{checkpoint}.pt'
-    names, configuration = load_checkpoint(file)['val_cases'], predictor.configuration.name
+    names, configuration = load_checkpoint(file)['val_cases'], predictor.configuration.data_configuration
     there = load_preprocessed(preprocessed/configuration)
     missing = [n for n in names if n not in there]
     if missing: raise ValidationError(f'{len(missing)} validation case(s) are not preprocessed', file=preprocessed/configuration, found=', '.join(missing[:5]), fix='preprocess them')
