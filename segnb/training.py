@@ -186,7 +186,8 @@ def load_checkpoint(
 
 def _check_plan(state, plans, file):
     "Refuse a checkpoint of another plan, naming what differs"
-    if state['plans_identity'] == plans.identity(): return
+    name = state['configuration']
+    if Plans.from_dict(state['plans']).identity(name) == plans.identity(name): return # other configurations may come and go
     raise CheckpointError('the checkpoint was trained with another plan', file=file, found='; '.join(plan_differences(state['plans'], plans.to_dict())),
                           fix='use the plans.json of its model folder, or train again')
 
@@ -384,7 +385,7 @@ def _check_model_folder(t):
     "Refuse a model folder of another plan, and one that cannot hold the checkpoints"
     check_writable(t.folder, 3 * 8 * count_parameters(t.net)) # three checkpoints of weights and momenta
     file = t.model/'plans.json'
-    if file.exists() and Plans.load(file).identity() != t.plans.identity():
+    if file.exists() and Plans.load(file).identity(t.configuration) != t.plans.identity(t.configuration):
         raise TrainingError('the model folder belongs to another plan', file=t.model, found='; '.join(plan_differences(Plans.load(file).to_dict(), t.plans.to_dict())),
                             fix='give another model folder, or delete this one')
 
@@ -406,7 +407,7 @@ def _reset(t):
 def _state(t):
     "Everything that the next epoch depends on"
     return {'format': 'segnb checkpoint 1', 'segnb_version': __version__, 'configuration': t.configuration, 'fold': t.fold, 'epoch': t.epoch,
-            'plans_identity': t.plans.identity(), 'plans': json.loads(json.dumps(t.plans.to_dict())), 'settings': _settings(t),
+            'plans_identity': t.plans.identity(t.configuration), 'plans': json.loads(json.dumps(t.plans.to_dict())), 'settings': _settings(t),
             'train_cases': t.train_cases, 'val_cases': t.val_cases,
             'network': {k: v.detach().cpu() for k, v in t.net.state_dict().items()}, 'optimizer': t.optimizer.state_dict(),
             'scaler': t.scaler and t.scaler.state_dict(), 'history': t.history, 'moving_dice': t.moving, 'best_dice': t.best,
@@ -681,7 +682,7 @@ def _write_record(t, finished=False):
     if not (t.model/'dataset.json').exists(): write_json(t.dataset, t.model/'dataset.json')
     file, now = t.folder/'record.json', datetime.now().isoformat(' ', 'seconds')
     record = read_json(file) if file.exists() else {'runs': []}
-    record |= {'segnb_version': __version__, 'dataset': t.plans.dataset_name, 'configuration': t.configuration, 'fold': t.fold, 'plans_identity': t.plans.identity(),
+    record |= {'segnb_version': __version__, 'dataset': t.plans.dataset_name, 'configuration': t.configuration, 'fold': t.fold, 'plans_identity': t.plans.identity(t.configuration),
                'train_cases': t.train_cases, 'val_cases': t.val_cases, 'epochs_done': t.epoch, 'training_seconds': t.clock.elapsed,
                'training_batches': sum(r['iterations'] for r in t.history)}
     if finished: record['runs'][-1]['finished'] = now

@@ -310,3 +310,11 @@ def test_labels_that_cannot_be_trained_are_refused(task, tmp_path, change, messa
     (copy/'dataset.json').write_text(json.dumps({**description, **change}))
     with pytest.raises(TrainingError, match=message): Trainer(copy, tmp_path/'model', epochs=1, **SMALL).fit()
     assert not (tmp_path/'model').exists()
+
+
+def test_a_plan_that_gained_a_configuration_still_fits_its_models(task, straight, tmp_path):
+    plans = Plans.load(task/'plans.json')
+    more = Plans.from_dict({**plans.to_dict(), 'configurations': {**plans.to_dict()['configurations'], '3d_lowres': {**plans.configuration('3d_fullres').to_dict(), 'name': '3d_lowres'}}})
+    assert more.identity() != plans.identity()
+    state = load_checkpoint(straight.folder/'checkpoint_final.pt', more)
+    assert state['plans_identity'] == more.identity('3d_fullres')
