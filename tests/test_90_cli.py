@@ -8,7 +8,7 @@ import torch
 
 from conftest import QUICK, SEGNB, command, files
 
-VERBS = ('demo', 'plan', 'preprocess', 'train', 'predict', 'evaluate')
+VERBS = ('demo', 'convert', 'doctor', 'plan', 'preprocess', 'train', 'predict', 'evaluate')
 
 
 def grid(file):
