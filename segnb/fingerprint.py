@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'FingerprintError', 'Fingerprint', 'collects_intensities', 'foreground_intensities',
-           'intensity_statistics', 'intensity_histogram', 'extract_fingerprint', 'fingerprint_page']
+           'intensity_statistics', 'intensity_histogram', 'file_states', 'extract_fingerprint', 'fingerprint_page']
 
 # %% ../nbs/21_fingerprint.ipynb #2eba04e0
-import contextlib, json, zipfile
+import contextlib, glob, json, zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from .cropping import nonzero_box
-from .image import SegnbError, read_geometry, read_image, whole_file
+from .image import PAIRS, SegnbError, read_geometry, read_image, whole_file
 from .workers import parallel_map, read_json, worthwhile_workers, write_json
 
 # %% ../nbs/21_fingerprint.ipynb #ea2cdf67
@@ -196,11 +196,23 @@ def _measure(case, dataset, sampled):
     return dict(found, sample=sample)
 
 # %% ../nbs/21_fingerprint.ipynb #d36a66eb
+def file_states(
+    files, # Paths of images, label maps and other files, and of folders of a DICOM series
+)->list:   # [path, size in bytes, time of change in ns] of each, and of the files that hold its voxels; [path] where nothing is
+    "Tell what changes when somebody changes a file"
+    found = []
+    for file in map(Path, files):
+        parts = [file]
+        if file.is_dir(): parts = sorted(file.iterdir())
+        elif file.name.lower().endswith(PAIRS): parts = sorted({file, *file.parent.glob(f'{glob.escape(file.stem)}.*')})
+        found += [[str(f), f.stat().st_size, f.stat().st_mtime_ns] if f.exists() else [str(f)] for f in parts]
+    return found
+
+# %% ../nbs/21_fingerprint.ipynb #5e28fb44
 def _source(case, dataset, sampled):
     "Name what a result depends on: the files with size and time of change, and what was asked"
     files = [*dataset.image_files(case), dataset.label_file(case), dataset.folder/'dataset.json']
-    state = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) if f.exists() else (str(f),) for f in map(Path, files)]
-    return json.dumps([sampled, state])
+    return json.dumps([sampled, file_states(files)])
 
 def _recall(part, source):
     "Give the result that an earlier run left, or None if there is none, it is damaged, or the files have changed"

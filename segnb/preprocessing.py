@@ -27,12 +27,13 @@ import numpy as np
 from fastcore.basics import patch
 
 from .cropping import CropBox, crop_to_nonzero
+from .fingerprint import file_states
 from .image import IMAGE_ENDINGS, PAIRS, SegnbError, image_ending, read_geometry, read_label_map, whole_file, write_label_map
 from .labels import Labels
 from .normalization import normalize
 from .resampling import resample_case, resample_image, resample_label_map
 from .spacing import resampled_shape
-from .workers import Estimate, check_writable, default_workers, parallel_map, preflight, read_json, write_json
+from .workers import Estimate, check_writable, default_workers, parallel_map, preflight, read_json, remove_stale_parts, write_json
 
 # %% ../nbs/32_preprocessing.ipynb #e4adccb8
 class PreprocessingError(SegnbError):
@@ -199,7 +200,10 @@ class PreprocessedCase:
     @cached_property
     def properties(self)->dict: # What `preprocess_case` noted, without the class locations
         "Read what is needed to bring results back to the original grid"
-        return read_json(self.folder/f'{self.case}.json')
+        found = read_json(file := self.folder/f'{self.case}.json')
+        if isinstance(found, dict): return found
+        raise PreprocessingError('this is no description of a case', case=self.case, file=file, found=f'a {type(found).__name__}',
+                                 fix='preprocess again: only what is damaged is remade')
 
     @property
     def class_locations(self)->dict: # {label: (n, 3) int32 voxel indices}, read-only memory maps
@@ -237,6 +241,7 @@ def save_preprocessed(
 )->PreprocessedCase:
     "Store a preprocessed case: arrays first, last the JSON file that declares it finished and holds their sizes and checksums"
     folder, properties = Path(folder), dict(properties)
+    (folder/f'{case}.json').unlink(missing_ok=True)                # of an earlier run: it does not speak of the new arrays
     classes, regions = properties.pop('class_locations'), properties.pop('region_locations', {})
     arrays = dict(data=data, seg=seg, locations=np.concatenate([*classes.values(), *regions.values()]))
     if 'previous' in properties: arrays['previous'] = properties.pop('previous')
@@ -299,11 +304,15 @@ def verify_preprocessed(
 
 # %% ../nbs/32_preprocessing.ipynb #9c43f243
 def _damages(case, contents=True):
-    try: files = case.properties['files']
-    except SegnbError as error: return [Damage(case.case, case.folder/f'{case.case}.json', f'cannot be read: {error}')]
-    except (KeyError, TypeError): return [Damage(case.case, case.folder/f'{case.case}.json', 'holds no checksums')]
+    about = case.folder/f'{case.case}.json'
+    try:
+        files = [(name, size, checksum) for name, (size, checksum) in case.properties['files'].items()]
+        whole = {f'{case.case}_{part}.npy' for part in ('data', 'seg', 'locations')} <= {name for name, _, _ in files}
+    except SegnbError as error: return [Damage(case.case, about, f'cannot be read: {error}')]
+    except (KeyError, TypeError, ValueError, AttributeError): whole = False
+    if not whole: return [Damage(case.case, about, 'does not hold the sizes and checksums of its files')]
     found = []
-    for name, (size, checksum) in files.items():
+    for name, size, checksum in files:
         file = case.folder/name
         if not file.exists(): problem = 'is missing'
         elif (n := file.stat().st_size) != size: problem = f'has {n} bytes, not {size}'
@@ -343,9 +352,10 @@ def _case_lock(out, case): return out/f'.case_{case}.lock'
 
 
 def _followed(out):
-    # {configuration: identity of the plans that its folder follows}
-    file = out/'preprocessing.json'
-    return read_json(file) if file.exists() else {}
+    # {configuration: identity of the plans that its folder follows}; {} where the note is damaged, for each case holds it too
+    with suppress(SegnbError):
+        if isinstance(found := read_json(out/'preprocessing.json'), dict): return found
+    return {}
 
 
 def _busy(out):
@@ -380,6 +390,7 @@ def _noted(case):
 
 def _sweep(out, folders):
     # remove the half-written files and locks that killed runs left, but not those of a run that is at work
+    remove_stale_parts(out, hours=1/3600)                   # plans and descriptions: they are written in milliseconds
     hidden = [file for name in folders for file in (out/name).iterdir() if re.match(r'\.[0-9a-f]{12}\.', file.name)]
     busy = tuple(_busy(out))                                # after the listing: who wrote these files then, and lives, holds a lock
     for file in hidden:
@@ -387,9 +398,10 @@ def _sweep(out, folders):
 
 # %% ../nbs/32_preprocessing.ipynb #71273981
 def _source(dataset, case):
-    # name, size and time of the files that a case is made from: a repaired file is preprocessed again
-    files = (*dataset.image_files(case), dataset.label_file(case))
-    return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in map(Path, files) if file.exists()]
+    # name, size and time of the files that a case is made from, and how they are read: what has changed is preprocessed again
+    files, labels = (*dataset.image_files(case), dataset.label_file(case)), dataset.labels
+    read = [getattr(labels, what, None) for what in ('values', 'regions', 'region_order', 'ignore')]
+    return [*([Path(name).name, *state] for name, *state in file_states(files)), json.loads(json.dumps([getattr(dataset, 'header', None), *read]))]
 
 
 def _is_done(dataset, out, name, identity, case):
@@ -403,7 +415,8 @@ def _unfinished(dataset, out, name, identity, contents):
     cases = load_preprocessed(out/name)
     if foreign := [c for c in cases if c not in dataset.cases]:
         raise PreprocessingError('the folder holds cases that are not in the data set', file=out/name,
-                                 found=', '.join(foreign[:5]), fix='choose another folder, or delete them')
+                                 found=', '.join(foreign[:5]), 
+                                 fix='choose another folder, or delete their files, ' + f'such as {foreign[0]}.json and {foreign[0]}_*.npy')
     for case in dict.fromkeys(d.case for d in verify_preprocessed(out/name, contents=contents)):
         with _held(_case_lock(out, case)):                    # look again: another run may just have been writing it
             damages = _damages(PreprocessedCase(out/name, case), contents)
@@ -435,15 +448,41 @@ def estimate_case(
     return Estimate(int(BASE_BYTES + max(reading, resampling)), int(disk), 5e-3 + (9e-9 * raw + 10e-9 * sum(after)) * (c + 1))
 
 # %% ../nbs/32_preprocessing.ipynb #79b83943
-def _link_truth(dataset, case, folder):
+def _truth(dataset, case, folder):
+    # where the untouched label map goes, and its source; None where that cannot be linked: its voxels lie in another file
     source = Path(dataset.label_file(case))
-    if image_ending(source).lower() in ('', *PAIRS):           # a header whose voxels lie elsewhere cannot be linked alone
-        return write_label_map(*read_label_map(source, header=dataset.header), folder/f'{case}.nii.gz')
-    with whole_file(folder/f'{case}{image_ending(source)}') as part:
+    if (ending := image_ending(source)).lower() in ('', *PAIRS): return folder/f'{case}.nii.gz', None
+    return folder/f'{case}{ending}', source
+
+
+def _link_truth(dataset, case, folder):
+    file, source = _truth(dataset, case, folder)
+    if source is None: return write_label_map(*read_label_map(dataset.label_file(case), header=dataset.header), file)
+    with whole_file(file) as part:
         try: os.link(source.resolve(), part)
         except OSError: shutil.copy(source, part)
 
 
+def _truth_is_whole(dataset, case, folder, contents):
+    file, source = _truth(dataset, case, folder)
+    if not file.exists(): return False
+    if source is None:
+        try: return not contents or read_label_map(file)[0].size > 0
+        except SegnbError: return False
+    return file.samefile(source) or (file.stat().st_size == source.stat().st_size and
+                                     (not contents or _checksum(file) == _checksum(source)))
+
+
+def _mend_truths(dataset, cases, out, contents):
+    # link the label maps of finished cases again that somebody damaged or removed
+    for case in cases:
+        if _truth_is_whole(dataset, case, out/'gt_segmentations', contents): continue
+        with _held(_case_lock(out, case)):
+            if _truth_is_whole(dataset, case, out/'gt_segmentations', contents): continue
+            warnings.warn(f'{case}: its label map in gt_segmentations is missing or damaged: it is put there again', stacklevel=3)
+            _link_truth(dataset, case, out/'gt_segmentations')
+
+# %% ../nbs/32_preprocessing.ipynb #aed67e17
 def _preprocess_one(case, dataset, plans, out, missing, identities, wait=False):
     # True when the case is finished, by this run or another; False when another run works on it
     with _held(_case_lock(out, case), wait) as held:
@@ -473,7 +512,7 @@ def _preprocess_into(names, case, dataset, plans, out, identities):
                                  fix='free some space, or choose another workspace; finished cases stay, and a second '
                                      'run goes on after them') from error
 
-# %% ../nbs/32_preprocessing.ipynb #aed67e17
+# %% ../nbs/32_preprocessing.ipynb #546c1b72
 def preprocess_dataset(
     dataset,                        # `Dataset`
     plans,                          # `Plans` for it
@@ -496,6 +535,7 @@ def preprocess_dataset(
     _sweep(out, (*names, 'gt_segmentations'))
     missing = {name: _unfinished(dataset, out, name, identities[name], verify) for name in names}
     cases = [c for c in dataset.cases if any(c in todo for todo in missing.values())]
+    _mend_truths(dataset, [c for c in dataset.cases if c not in cases], out, verify)
     estimates = {c: _estimate(dataset, plans, [name for name in names if c in missing[name]], c) for c in cases}
     n_workers = preflight(estimates, out, n_workers, 'preprocessing', say)
     plans.save(out/'plans.json')

@@ -74,10 +74,18 @@ def _left_in(folder, v2):
     files = sum(int(stat[stat.index(k)+1]) for k in (f'{names[2]}inactive_file', f'{names[2]}active_file') if k in stat)
     return max(0, limit - max(0, _number_in(folder/names[1]) - files))
 
-def _usable_bytes():
-    "Bytes of memory that are free for this process: the machine's, and its container's"
+def _left_to_map():
+    "Bytes that one process may still take under `ulimit -v`, which its workers inherit; infinity without a limit"
     import psutil
-    return min([psutil.virtual_memory().available, *(_left_in(*group) for group in _memory_groups())])
+    try: import resource
+    except ImportError: return math.inf  # Windows
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return math.inf if limit == resource.RLIM_INFINITY else max(0, limit - psutil.Process().memory_info().vms)
+
+def _usable_bytes():
+    "Bytes of memory that are free for this process: the machine's, its container's, its own"
+    import psutil
+    return min([psutil.virtual_memory().available, _left_to_map(), *(_left_in(*group) for group in _memory_groups())])
 
 # %% ../nbs/13_workers.ipynb #83fe9394
 def default_workers(
@@ -323,7 +331,8 @@ class _Crew:
 
     def collect(self, worker, message):
         "Keep a result; raises the error of a task"
-        kind, value, tb = pickle.loads(message)
+        try: kind, value, tb = pickle.loads(message)
+        except Exception as e: raise self.fail(worker.task, f'the result cannot travel between processes: {type(e).__name__}: {e}') from e
         if kind == 'refused': raise _refusal(value, self.step, self.names[worker.task], tb)
         if kind == 'failed': raise self.fail(worker.task, value, tb)
         self.results[worker.task], worker.task = value, None
@@ -480,7 +489,7 @@ def check_writable(
         raise OutputError('results cannot be written here', file=folder, found=e.strerror, fix='choose another folder, or ask for permission') from None
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
-        raise OutputError('too little space', file=folder, found=f'{free/1e9:.2f} GB free', expected=f'{needed_bytes/1e9:.2f} GB',
+        raise OutputError(f'too little space: {_gb(needed_bytes - free)} are missing', file=folder, found=f'{free/1e9:.2f} GB free', expected=f'{needed_bytes/1e9:.2f} GB',
                           fix='free some, or choose another folder')
     return folder
 
@@ -543,9 +552,10 @@ def _refuse_memory(step, estimates, free):
     case = max(estimates, key=lambda k: estimates[k].memory)
     if estimates[case].memory <= free: return
     others = sum(e.memory > free for e in estimates.values()) - 1
-    limited = any(_left_in(*group) < 1.01*free for group in _memory_groups())
+    limited = 'process (ulimit -v)' if _left_to_map() < 1.01*free else \
+              'container' if any(_left_in(*group) < 1.01*free for group in _memory_groups()) else ''
     raise ResourceError(f'{step} needs more memory than is free' + (f', and so do {others} other tasks' if others else ''), case=case,
-                        found=f'{_gb(free)} free' + (' within the limit of this container' if limited else ''), expected=f'about {_gb(estimates[case].memory)}',
+                        found=f'{_gb(free)} free' + (f' within the limit of this {limited}' if limited else ''), expected=f'about {_gb(estimates[case].memory)}',
                         fix='raise that limit, or use another machine' if limited else 'close other programs, or use a machine with more memory')
 
 def _forecast(step, estimates, n, free, folder):

@@ -1,6 +1,7 @@
 """Workers where cells cannot look: real signals, orphans, terminals, both ways to start a process."""
-import ctypes, json, multiprocessing, os, signal, subprocess, sys, threading, time
+import ctypes, json, multiprocessing, os, shutil, signal, subprocess, sys, threading, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -535,3 +536,35 @@ def test_where_one_cannot_write(tmp_path):
 
 def test_keys_are_the_same_on_every_machine():
     assert keyed_rng(0, 'train', 7).integers(0, 2**31, 3).tolist() == [124690210, 1162223706, 1753494079]
+
+
+class Unreadable:
+    "Travels, but cannot be put together again"
+    def __reduce__(self): return int, ('no number',)
+
+
+def unreadable(task): return Unreadable() if task == 3 else task
+
+
+@pytest.mark.parametrize('method', METHODS)
+def test_a_result_that_cannot_be_read_names_its_task(method):
+    with pytest.raises(WorkerError, match='testing: 3 failed: the result cannot travel between processes: ValueError') as caught:
+        parallel_map(unreadable, range(6), 2, step='testing', start_method=method)
+    assert caught.value.task == '3' and '3' in caught.value.unfinished
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='ulimit -v holds on Linux only')
+def test_a_limit_of_the_process_counts_as_memory():
+    code = ('import resource, psutil; from segnb.workers import Estimate, ResourceError, preflight, default_workers\n'
+            'resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + 10**9,)*2)\n'
+            'print(default_workers(2**31, 4), preflight({"small": Estimate(10**8)}, n_workers=1))\n'
+            'try: preflight({"large": Estimate(2*10**9)}, n_workers=1)\n'
+            'except ResourceError as e: print(e)')
+    said = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith('1 1\n') and 'case large' in said and 'about 2.0 GB' in said, said
+    assert 'GB free within the limit of this process (ulimit -v)' in said and 'raise that limit' in said, said
+
+
+def test_missing_space_is_told_even_where_it_is_little(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, 'disk_usage', lambda folder: SimpleNamespace(free=10**6))
+    with pytest.raises(OutputError, match='too little space: 4 MB are missing'): check_writable(tmp_path, 5*10**6)

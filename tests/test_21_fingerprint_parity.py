@@ -241,3 +241,21 @@ def test_every_fingerprint_has_a_page():
         page = fingerprint_page(f)
         page.canvas.draw()
         assert sum(bool(a.get_title()) for a in page.axes) == 4 + len(f.histograms or {})
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_a_resumed_fingerprint_sees_voxels_beside_their_header(tmp_path):
+    import SimpleITK as sitk
+    from segnb import fingerprint
+    old = HERE.parent/'data_samples'/'Task101_PhantomCT'
+    told = json.loads((old/'dataset.json').read_text())
+    case = Dataset(old).cases[0]
+    for part in ('imagesTr', 'labelsTr'):
+        (tmp_path/part).mkdir()
+        for file in (old/part).glob(f'{case}*.nii.gz'): sitk.WriteImage(sitk.ReadImage(str(file)), str(tmp_path/part/file.name.replace('.nii.gz', '.mhd')))
+    (tmp_path/'dataset.json').write_text(json.dumps({k: v for k, v in told.items() if k not in ('training', 'test', 'file_ending')}))
+    dataset = Dataset(tmp_path)
+    before = fingerprint._source(case, dataset, True)
+    voxels = next((tmp_path/'imagesTr').glob('*.*raw'))
+    voxels.write_bytes(voxels.read_bytes()[:-1] + b'\1\2')
+    assert fingerprint._source(case, dataset, True) != before

@@ -369,3 +369,83 @@ def test_the_cascade_reads_the_files_of_full_resolution(task, tmp_path):
     for c, one in load_preprocessed(tmp_path/'3d_lowres').items(): np.save(out/f'{c}.npy', rng.random((3, *one.seg.shape)).astype(np.float32))
     assert preprocess_previous_stage(out, tmp_path, plans) == dataset.cases
     for one in load_preprocessed(tmp_path/'3d_fullres').values(): assert one.previous.shape == one.seg.shape
+
+
+@pytest.mark.parametrize('text', ['[]', 'null', '{}', '{"files": {"c1_data.npy": 3}}', '{"files": []}', '{"files": {}}', 'of another case'])
+def test_a_description_that_describes_nothing_is_damage(task, tmp_path, text):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    whole, file = contents(tmp_path), tmp_path/'3d_fullres'/'c1.json'
+    file.write_text((tmp_path/'3d_fullres'/'c0.json').read_text() if text == 'of another case' else text)
+    [damage] = verify_preprocessed(tmp_path/'3d_fullres')
+    assert (damage.case, damage.file) == ('c1', file)
+    with pytest.warns(UserWarning, match='c1.*is preprocessed again'): assert preprocess_dataset(*task, tmp_path, n_workers=0) == ('c1',)
+    assert contents(tmp_path) == whole
+
+
+def test_a_damaged_note_of_the_plans_is_made_again_from_the_cases(task, tmp_path):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    whole, (dataset, plans) = contents(tmp_path), task
+    other = plans.edit('3d_fullres', spacing=(2., 2., 2.)) if hasattr(plans, 'edit') else None
+    for text in ('{"3d_fullres": "0', '[]'):
+        (tmp_path/'preprocessing.json').write_text(text)
+        if other is not None:
+            with pytest.raises(PreprocessingError, match='other plans'): preprocess_dataset(dataset, other, tmp_path, n_workers=0)
+        assert preprocess_dataset(*task, tmp_path, n_workers=0) == () and contents(tmp_path) == whole
+
+
+@pytest.mark.parametrize('how', ['missing', 'cut short', 'a bit flipped'])
+def test_a_damaged_label_map_beside_the_cases_is_put_there_again(task, tmp_path, how):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    whole, file = contents(tmp_path), tmp_path/'gt_segmentations'/'c1.nii.gz'
+    data = bytearray(file.read_bytes()); file.unlink()               # it was a link: the source stays as it is
+    data[len(data)//2] ^= 1
+    if how != 'missing': file.write_bytes(data[:-9] if how == 'cut short' else data)
+    with pytest.warns(UserWarning, match='c1: its label map'): assert preprocess_dataset(*task, tmp_path, n_workers=0) == ()
+    assert contents(tmp_path) == whole
+
+
+def test_a_change_of_how_the_files_are_read_makes_the_cases_again(task, tmp_path):
+    shutil.copytree(task[0].folder, tmp_path/'raw')
+    told = json.loads((tmp_path/'raw'/'dataset.json').read_text())
+    def run(**what):
+        (tmp_path/'raw'/'dataset.json').write_text(json.dumps({**told, **what}))
+        return preprocess_dataset(Dataset(tmp_path/'raw'), task[1], tmp_path/'out', n_workers=0)
+    assert len(run()) == 3 and run() == () and run(description='another') == ()
+    assert len(run(header='qform')) == 3
+    assert len(run(labels={'background': 0, 'both': [1, 2], 'inner': 2}, regions_class_order=[1, 2])) == 3
+    assert set(load_preprocessed(tmp_path/'out'/'3d_fullres')['c0'].region_locations) == {'both', 'inner'}
+
+
+@pytest.mark.filterwarnings('ignore')
+def test_voxels_that_lie_beside_their_header_count(task, tmp_path):
+    import SimpleITK as sitk
+    for file in sorted(task[0].folder.rglob('*.nii.gz')):
+        to = tmp_path/'raw'/file.parent.name/file.name.replace('.nii.gz', '.mhd')
+        to.parent.mkdir(parents=True, exist_ok=True)
+        picture = sitk.ReadImage(str(file))
+        for key in picture.GetMetaDataKeys(): picture.EraseMetaData(key)
+        sitk.WriteImage(picture, str(to))
+    (tmp_path/'raw'/'dataset.json').write_text((task[0].folder/'dataset.json').read_text())
+    dataset = Dataset(tmp_path/'raw')
+    assert len(preprocess_dataset(dataset, task[1], tmp_path/'out', n_workers=0)) == 3
+    assert preprocess_dataset(dataset, task[1], tmp_path/'out', n_workers=0) == ()
+    voxels = next((tmp_path/'raw'/'imagesTr').glob('c1_0000.*raw'))
+    data = bytearray(voxels.read_bytes()); data[len(data)//2] ^= 1; voxels.write_bytes(data)
+    assert preprocess_dataset(dataset, task[1], tmp_path/'out', n_workers=0) == ('c1',)
+
+
+def test_half_files_beside_the_folders_are_swept_too(task, tmp_path):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    whole, long_ago = contents(tmp_path), time.time() - 60
+    for name in ('.0123456789ab.plans.json', '.0123456789ab.preprocessing.json', '3d_fullres/.0123456789ab.c1_data.npy', '.case_c1.lock'):
+        (tmp_path/name).write_bytes(b'half'); os.utime(tmp_path/name, (long_ago, long_ago))
+    assert preprocess_dataset(*task, tmp_path, n_workers=0) == () and contents(tmp_path) == whole
+
+
+def test_a_case_that_is_made_again_is_not_declared_finished_meanwhile(task, tmp_path, monkeypatch):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    one = load_preprocessed(tmp_path/'3d_fullres')['c1']
+    properties = {**one.properties, 'class_locations': dict(one.class_locations)}
+    monkeypatch.setattr('segnb.preprocessing.np.save', lambda *a: (_ for _ in ()).throw(OSError('killed here')))
+    with pytest.raises(OSError): save_preprocessed(np.array(one.data), np.array(one.seg), properties, tmp_path/'3d_fullres', 'c1')
+    assert 'c1' not in load_preprocessed(tmp_path/'3d_fullres')
