@@ -9,6 +9,7 @@ __all__ = ['PLANNERS', 'CONFIGURATIONS', 'EDITABLE', 'PlansError', 'Counts', 'Pl
 
 # %% ../nbs/24_planning.ipynb #c3373d8c
 import copy, dataclasses, hashlib, json, math
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -44,6 +45,7 @@ class Planner:
     reference_gb = 8             # GB of graphics memory that both stand for
     max_patch_voxels = None      # limit on the patch; None: memory alone decides
     max_batch = None             # limit on the batch of such patches; None: memory and data set decide
+    context = 4                  # patches per median case from which a low resolution is planned
 
     def __init__(self, name=None, **constants):
         known = [k for k, v in vars(Planner).items() if k[0] != '_' and not callable(v)]
@@ -74,7 +76,7 @@ class Planner:
         return True
 
     def low_resolution(self, target, median, patch_voxels): # -> (z, y, x), mm, or None; `patch_voxels`: spacing -> voxels
-        return lowres_spacing(target, median, patch_voxels)
+        return lowres_spacing(target, median, patch_voxels, self.context)
 
 # %% ../nbs/24_planning.ipynb #67889399
 def _features(planner, dimensions):                         # -> (features of the first stage, most features)
@@ -442,9 +444,13 @@ def _plan_volumes(planner, target, median, forward, counts, gb):
     limit = planner.limit(3, gb)
     def patch_voxels(spacing):
         mm = spacing[forward]
-        shape = planner.shape_at(median[forward], target[forward], mm)
-        tried.append((mm, planner.patch(tuple(mm.tolist()), tuple(shape), counts, limit).patch_size))
-        return math.prod(tried[-1][1])
+        shape, most = planner.shape_at(median[forward], target[forward], mm), planner.max_patch_voxels
+        tried.append((mm, None))
+        if most and np.prod(target / spacing * median) > 1.01 * planner.context * most: return most # no such patch sees enough: go on
+        try: patch = planner.patch(tuple(mm.tolist()), tuple(shape), counts, limit).patch_size
+        except TopologyError: return 0                                     # nor does one that fits no memory
+        tried[-1] = mm, patch
+        return math.prod(patch)
     low = planner.low_resolution(target, median, patch_voxels)
     if low is not None: found['3d_lowres'] = stage('3d_lowres', low)
     if low is not None: found['3d_cascade_fullres'] = {**full[0], 'name': '3d_cascade_fullres', 'previous_stage': '3d_lowres'}, None
@@ -454,8 +460,8 @@ def _plan_volumes(planner, target, median, forward, counts, gb):
 
 
 def _try_volumes(planner, target, median, forward, counts, gb):
-    "Plan the 3D networks where they can be: a data set of single slices may go without"
-    flat = round(median[forward[0]]) <= 1
+    "Plan the 3D networks where they can be: a data set of one voxel along an axis may go without"
+    flat = round(min(median)) <= 1
     if not planner.wants_3d(median[forward]): return {}, dict(none='every case is a single slice')
     try: return _plan_volumes(planner, target, median, forward, counts, gb)
     except TopologyError as e:
@@ -718,7 +724,7 @@ class ResEncPlanner(ResidualPlanner):
         return max(min(by_memory, by_dataset), 2), by_memory, by_dataset
 
     def low_resolution(self, target, median, patch_voxels):
-        return lowres_spacing(target, median, patch_voxels, step=1.03, exact=True)
+        return lowres_spacing(target, median, patch_voxels, self.context, step=1.03, exact=True)
 
 PLANNERS.update({p.name: p for p in (
     ResidualPlanner(), ResEncPlanner('resenc_m', reference=680e6, reference_2d=135e6, reference_gb=8),
@@ -731,10 +737,13 @@ def snap_patch(
     wanted:tuple,    # voxels, one number an axis
     rule:str='v1',   # pooling rule, see `pool_and_kernels`
 )->tuple:            # voxels, divisible by what its own halvings need
-    "Give the nearest patch size that can be halved as often as the wanted one; halfway goes up"
-    divisor = pool_and_kernels(spacing, wanted, rule=rule)[4]
-    near = [max(1, int(n / d + .5)) * d for n, d in zip(wanted, divisor)]
-    return tuple(pool_and_kernels(spacing, near, rule=rule)[3])
+    "Give the nearest patch size that needs no padding, by the sum of the relative changes; of two alike the larger"
+    def padded(size): return tuple(pool_and_kernels(spacing, size, rule=rule)[3])
+    def multiples(n): return {m for d in (2**k for k in range(n.bit_length() + 1)) for m in (n // d * d, -(-n // d) * d) if m > 0}
+    def far(size): return sum(abs(s - n) / n for s, n in zip(size, wanted)), -math.prod(size)
+    wanted = tuple(int(n) for n in wanted)
+    near = sorted(product(*map(multiples, wanted)), key=far)
+    return next(size for size in near if padded(size) == size)
 
 # %% ../nbs/24_planning.ipynb #008613e1
 EDITABLE = 'patch_size', 'batch_size', 'spacing', 'base_num_features', 'max_num_features', 'batch_dice', 'do_dummy_2d_data_aug'

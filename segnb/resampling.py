@@ -322,7 +322,7 @@ def _on_device(volume, new, order, along, limits, per_slice, max_bytes, device):
             while stop < len(new) and max(last[stop] - first[start], stop + 1 - start) <= room: stop += 1
             where = slice(int(first[start]), int(last[stop - 1]))
             mix = z[start:stop, where]
-            slab = torch.from_numpy(_window(volume, where, limits[0])).to(device)
+            slab = torch.from_numpy(np.require(_window(volume, where, limits[0]), requirements='W')).to(device)
             if not per_slice: slab = _dense(torch, slab, mix, 0)
             slab = _dense(torch, _dense(torch, slab, y, 1), x, 2)
             anchor, low, high = (torch.from_numpy(np.array(_of(limit, where))).to(device) for limit in limits)
@@ -549,6 +549,7 @@ def resample_case(
     max_bytes:int=None,       # Most bytes of working memory beside inputs and results; None: 256 MB
 )->tuple:                     # (data, seg) on the new grid, None where None came in
     "Resample an image and its label map from one spacing to another by nnU-Net's rule; raises `ResamplingError`"
+    data, seg = (None if a is None else np.asanyarray(a) for a in (data, seg))
     given = data[0] if data is not None else seg
     if given is None: raise ResamplingError('neither an image nor a label map was given')
     if shape is None: shape = resampled_shape(given.shape, spacing, new_spacing)

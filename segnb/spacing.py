@@ -95,6 +95,7 @@ def lowres_spacing(
     while voxels > context * patch:
         finer = spacing.max() / spacing > 2
         spacing[finer if finer.any() else slice(None)] *= step
+        if min(resampled_shape(shape, target, spacing)) < 1: return None # coarser still and an axis has no voxel left
         voxels = np.prod(target / spacing * shape)
         patch = patch_voxels(spacing.copy())
     low, full = (np.prod(shape * target / s if exact else resampled_shape(shape, target, s)) for s in (spacing, target))

@@ -75,3 +75,12 @@ def test_prostate_as_recorded_by_the_original():
     stage = plans['plans_per_stage']['0']
     assert target.tolist() == stage['current_spacing']
     assert list(resampled_shape(median_shape(found['all_spacings'], found['all_sizes'], target), target, target)) == stage['median_patient_size_in_voxels']
+
+
+def test_coarsening_ends_where_an_axis_would_lose_its_last_voxel():
+    tried = []
+    def no_patch(spacing):
+        tried.append(spacing)
+        return 0
+    assert lowres_spacing((1, 1, 20), (1, 2000, 2000), no_patch) is None
+    assert len(tried) < 200 and all(resampled_shape((1, 2000, 2000), (1, 1, 20), s)[0] == 1 for s in tried)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from segnb.fingerprint import Fingerprint
-from segnb.planning import PLANNERS, Plans, PlansError, masks_for_norm, normalization_schemes, plan_experiment, snap_patch
+from segnb.planning import PLANNERS, Counts, Plans, PlansError, masks_for_norm, normalization_schemes, plan_experiment, snap_patch
 
 HERE = Path(__file__).parent
 REAL = Path(os.environ.get('SEGNB_REAL_DATA', HERE.parents[1]/'shared'/'data'))
@@ -245,3 +245,49 @@ def test_edits_stay_legal(seed):
         assert q.configurations['3d_fullres'].batch_dice == ('3d_lowres' in q.configurations) == ('3d_cascade_fullres' in q.configurations)
         if 'patch_size' in wish: assert c.patch_size == snap_patch(c.spacing[-n:], wish['patch_size'])
         p = q
+
+
+# Data at the edges of what can be planned ---------------------------------------------------------------------------------
+@pytest.mark.parametrize('planner', PLANNERS)
+@pytest.mark.parametrize('spacing', [(1, 1, 1), (5, 1, 1), (1, 1, 20)], ids=str)
+@pytest.mark.parametrize('shape', [(1, 1, 1), (4, 4, 4), (1, 2000, 2000), (8, 2000, 2000), (2000,) * 3], ids=str)
+def test_tiny_and_huge_data_have_a_plan_and_more_memory_never_shrinks_a_patch(shape, spacing, planner):
+    for channels, labels in ((1, 1), (12, 61)):
+        largest = {}
+        for gb in (4, 11, 80):
+            p = plan_experiment(Fingerprint([spacing]*3, [shape]*3, ['MRI']*channels, range(1, labels + 1)), gb, planner)
+            assert f'for {gb} GB' in p.explain() and '2d' in p.configurations
+            for name in ('2d', '3d_fullres'):
+                if name not in p.configurations: continue
+                voxels = int(np.prod(p.configuration(name).patch_size))
+                assert voxels >= largest.get(name, 0), (name, gb)
+                largest[name] = voxels
+
+
+def test_one_voxel_along_a_fine_axis_leaves_the_2d_network_and_says_why():
+    p = plan_experiment(Fingerprint([(1, 1, 20)]*3, [(1, 2000, 2000)]*3, ['MRI'], [1]), planner='cpu')
+    assert list(p.configurations) == ['2d'] and 'no patch fits the memory limit' in p.explain()
+
+
+def test_patches_that_cannot_see_enough_are_not_tried():
+    "The planner for the CPU leaves out trials of the low resolution that its largest patch rules out; the plans stay the same"
+    class EveryStep(type(PLANNERS['cpu'])):
+        def low_resolution(self, target, median, patch_voxels):
+            forward = self.transpose(target)
+            def tried(spacing):
+                mm, counts = spacing[forward], Counts(len(one.shapes), len(one.channels), len(one.labels) + 1)
+                shape = self.shape_at(median[forward], target[forward], mm)
+                assert patch_voxels(spacing) >= (voxels := int(np.prod(self.patch(tuple(mm.tolist()), tuple(shape), counts, self.limit(3, 8)).patch_size)))
+                return voxels
+            return super().low_resolution(target, median, tried)
+    slow = EveryStep('cpu', base_num_features=16, max_patch_voxels=40*56*40, max_batch=2)
+    for i in range(0, 1000, 25):
+        one = fingerprint(i)
+        quick = plan_experiment(one, planner='cpu')
+        assert plan_experiment(one, planner=slow) == quick and quick.explain()
+
+
+@pytest.mark.parametrize('wanted, spacing, legal', [((116,)*3, (1, 1, 1), (112,)*3), ((120,)*3, (1, 1, 1), (128,)*3), ((60,)*3, (1, 1, 1), (64,)*3), ((116, 116), (1, 1), (112, 112)),
+                                                    ((20, 320, 256), (3.6, .625, .625), (20, 320, 256)), ((7, 7, 7), (1, 1, 1), (7, 7, 7)), ((150, 90, 33), (1, 1, 1), (144, 96, 32))])
+def test_a_wish_goes_to_the_nearest_legal_size(wanted, spacing, legal):
+    assert snap_patch(spacing, wanted) == legal and snap_patch(list(spacing), np.array(wanted)) == legal

@@ -138,3 +138,18 @@ def test_refusals_say_what_was_found(array, shape, more, word):
 def test_matrices_are_shared_and_cannot_be_changed():
     assert spline_matrix(9, 12, 3) is spline_matrix(9, 12, 3)
     with pytest.raises(ValueError): spline_matrix(9, 12, 3)[0, 0] = 1
+
+
+def test_lists_are_arrays_too():
+    data, seg = np.arange(24.).reshape(1, 2, 3, 4), np.arange(24).reshape(2, 3, 4) % 3
+    for ours, theirs in zip(resample_case(data.tolist(), seg.tolist(), [2, 1, 1], [1, 1, 1]), resample_case(data, seg, (2, 1, 1), (1, 1, 1))):
+        assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_read_only_file_is_no_reason_to_warn(tmp_path):
+    np.save(tmp_path/'data.npy', np.random.default_rng(0).normal(size=(1, 6, 7, 8)).astype(np.float32) - 50)
+    np.save(tmp_path/'zero.npy', np.random.default_rng(0).normal(size=(1, 6, 7, 8)).astype(np.float32))
+    for name in ('data', 'zero'):
+        data = np.load(tmp_path/f'{name}.npy', mmap_mode='r')
+        assert relative(resample_image(data, (9, 7, 5), device='cpu'), resample_image(data, (9, 7, 5))) <= 1e-6
