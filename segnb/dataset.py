@@ -41,8 +41,8 @@ def _stem(name, ending=None):
 def _find(folder, stem, ending):
     "Find the file of this name: with the declared ending, or else the only one with another ending, or a folder (DICOM)"
     file = Path(folder, stem + ending)
-    if file.exists(): return file
-    others = [f for f in (Path(folder, stem + e) for e in ('', *IMAGE_ENDINGS)) if f.exists()]
+    if os.path.exists(file): return file
+    others = [f for f in (Path(folder, stem + e) for e in ('', *IMAGE_ENDINGS)) if os.path.exists(f)]
     if len(others) > 1:
         raise DatasetError('several files of one name', file=file, found=', '.join(f.name for f in others),
                            fix='move away those that are not meant')
@@ -92,6 +92,7 @@ def _listed(problem, folder, findings):
 # %% ../nbs/14_dataset.ipynb #a5593de7
 def _key(json, file, names, kind, default=None):
     "Look up the first of several spellings of a key and check its type"
+    if not isinstance(json, dict): raise DatasetError('dataset.json must hold an object {...}', file=file, found=type(json).__name__)
     name = next((n for n in names if n in json), None)
     if name is None:
         if default is not None: return default
@@ -155,6 +156,9 @@ class Description:
         if not isinstance(self.json, dict):
             raise DatasetError('dataset.json must hold an object {...}', file=file, found=type(self.json).__name__)
         self.name = self.folder.resolve().name
+        for part in ('imagesTr', 'labelsTr', 'imagesTs'):
+            if (self.folder/part).is_dir() and not os.access(self.folder/part, os.R_OK | os.X_OK):
+                raise DatasetError(f'no permission to look into {part}', file=self.folder/part, fix='ask its owner, or change its mode')
         self.channels = _channels(self.json, file)
         self.labels = Labels.from_dict(self.json, file)
         self.file_ending = _key(self.json, file, ('file_ending',), str, '.nii.gz')
@@ -604,6 +608,10 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
         found, truth = ({k: kept for k, fs in fits.items() if (kept := [f for f in fs if own or f not in taken])}
                         for fits, own in ((found, size[1] <= size[0]), (truth, size[1] > size[0])))
         rest = other = sorted({*rest} & {*other})
+    if not found:
+        seen = sorted(f.name for f in other if image_ending(f.name))
+        raise DatasetError('no image fits the pattern', file=images, found=f'{_count(len(seen), "file")}' + f', such as {seen[0]}' * bool(seen), expected=pattern,
+                           fix='say how the files are called, such as pattern={case}.nii.gz')
     tokens = _tokens(channels, sorted({t for _, t in found if t is not None}), pattern)
     wrong = [f'several files for case {c}' + f', channel {t}' * (t is not None) + ': ' + ', '.join(f.name for f in fs)
              for (c, t), fs in [*found.items(), *truth.items()] if len(fs) > 1]

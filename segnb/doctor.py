@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'SEVERITIES', 'DEFECTS', 'index_map', 'displacement', 'resam
            'diagnose']
 
 # %% ../nbs/15_doctor.ipynb #6accb1f1
-import base64, json, hashlib, html, io, os, re, shutil, uuid, zlib
+import base64, json, hashlib, html, io, os, re, shutil, textwrap, uuid, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from itertools import permutations, product
@@ -172,7 +172,7 @@ KINDS = {  # kind: (severity, what it means for training, what repairs it)
  'header only': ('error', 'The voxels match, the headers do not: a tool lost the header on its way. Training would be right, but nnU-Net stops, and distances in mm are wrong.', 'copy the header of the image'),
  'needs resampling': ('error', 'Image and label show the same place on different grids: voxel (z, y, x) of one is not voxel (z, y, x) of the other.', 'resample the label to the grid of the image, nearest neighbour'),
  'unusable grid': ('error', 'The headers place the file somewhere else and the shapes differ: there is no way to say which voxels belong together.', 'find the right file, or leave the case out'),
- 'undeclared label': ('error', 'A class that dataset.json does not know; the loss would fail, or it would be learned as another class.', 'declare it in dataset.json, or say what it means: repair(..., label_map={7: 2})'),
+ 'undeclared label': ('error', 'A class that dataset.json does not know; the loss would fail, or it would be learned as another class.', 'declare it in dataset.json, or say what it means: label_map={7: 2}, --map 7=2'),
  'scaled labels': ('error', 'A mask stretched to 0..255 for display: its values are not class numbers.', 'divide back to class numbers'),
  'float labels': ('error', 'Class numbers with rounding errors: 0.9996 is not the class 1 and turns into 0 when it is cut off.', 'round to whole numbers'),
  'interpolated labels': ('error', 'Values between classes: half way between 1 and 3 is not class 2.', 'export the label map again, with nearest neighbour'),
@@ -262,6 +262,8 @@ def _counts(label):
     return {float(v): counts[v] for v in sorted(counts)}
 
 # %% ../nbs/15_doctor.ipynb #5525c151
+_ROUNDED = .05  # farther from a whole number lies no rounding error: somebody interpolated
+
 def _label_findings(case, file, label, declared):
     "Examine the values of a label map: findings, and {value: voxels}"
     finite = np.isfinite(label) if label.dtype.kind == 'f' else None
@@ -277,13 +279,13 @@ def _label_findings(case, file, label, declared):
     scaled = declared and any(v not in declared for v in counts) and unscale(values, tuple(declared))
     def say(kind, what, wrong, **more): out.append(_finding(kind, case, file, what, at(wrong), voxels=int(n[wrong].sum()), **more))
     if scaled: say('scaled labels', f'values {_some(values)} instead of {_some(sorted(declared))}', values > 0, map={str(k): v for k, v in scaled.items()})
-    elif off.max(initial=0) > 1e-3:
-        say('interpolated labels', f'{n[off > 1e-3].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', off > 1e-3)
+    elif off.max(initial=0) > _ROUNDED:
+        say('interpolated labels', f'{n[off > _ROUNDED].sum():.0f} voxels hold values between classes, such as {values[off.argmax()]:g}', off > _ROUNDED)
     elif off.max(initial=0) > 0:
         say('float labels', f'{n[off > 0].sum():.0f} voxels are up to {off.max():.2g} away from a whole number', off > 0, largest=float(off.max()))
     whole = Counter()
     for v, k in counts.items(): whole[scaled[v] if scaled else int(round(v))] += k
-    strange = [] if scaled or off.max(initial=0) > 1e-3 or not declared else [v for v in whole if v not in declared]
+    strange = [] if scaled or off.max(initial=0) > _ROUNDED or not declared else [v for v in whole if v not in declared]
     if strange:
         said = ', '.join(f'{v} in {whole[v]} voxels' for v in strange[:8]) + f' and {len(strange) - 8} more values' * (len(strange) > 8)
         place = _worst(np.isin(np.round(label), strange))
@@ -320,7 +322,7 @@ def read_stored(
 # %% ../nbs/15_doctor.ipynb #d84417ae
 def _open_findings(case, file, label=False, header='refuse'):
     "Read a file as it is stored: findings, array or None, Geometry or None"
-    if not Path(file).exists(): return [], None, None
+    if not os.path.exists(file): return [], None, None
     try: sentences = header_findings(file)
     except (SegnbError, RuntimeError, OSError): sentences = []
     try: array, geometry = read_stored(file, label, header)
@@ -338,11 +340,12 @@ def _grid_finding(case, file, what, array, geometry, first, reference):
     "Compare the grid of a label map or a channel with that of the first channel"
     relation, numbers = classify_grid(array, geometry, first, reference)
     if relation == 'same grid': return []
+    if image_ending(file).lower() in PICTURES and array.shape != first.shape: relation = 'unusable grid'  # pictures have no place in mm
     sentence = f'{what}: ' + '; '.join(geometry.differences(reference))
     if 'edges_by_header' in numbers and 'edges_by_index' in numbers:
         sentence += f'. Edges agree {numbers["edges_by_index"]:.2f} voxel by voxel, {numbers["edges_by_header"]:.2f} where the headers say'
     if not numbers.get('sure', True): sentence += ': they cannot decide, so look before you repair'
-    if relation == 'unusable grid': sentence += f'. {numbers["overlap"]:.0%} of it lies inside the image'
+    if relation == 'unusable grid' and image_ending(file).lower() not in PICTURES: sentence += f'. {numbers["overlap"]:.0%} of it lies inside the image'
     seen = first if relation == 'unusable grid' else array if array.shape == first.shape else resample_nearest(array, geometry, reference)
     repair = 'resample this channel to the grid of the first' if relation == 'needs resampling' and what != 'label map' else None
     where = _worst(seen != 0) if what == 'label map' and seen is not first else [n // 2 for n in first.shape]
@@ -382,7 +385,7 @@ def _examine_case(files):
     case, out, channels, first, reference, read = files.case, [], [], None, None, 0
     summary = dict(case=case, channels=channels, labels=None, labelled=files.label is not None)
     for path in [*files.images, *([files.label] if files.label else [])]:
-        if not Path(path).exists():
+        if not os.path.exists(path):
             out.append(_finding('missing file', case, path, 'the label map is missing' if path == files.label else 'an image file is missing'))
     for path in files.images:
         found, array, geometry = _open_findings(case, path, header=files.header)
@@ -545,7 +548,8 @@ def _gather(findings, n_cases):
         cases = list(dict.fromkeys(f.case for f in some))
         if len(cases) <= max(3, n_cases / 20): continue
         what = f'{len(cases)} of {n_cases} cases, for example {some[0].case}: {some[0].what}'
-        findings = [f for f in findings if f not in some] + [replace(some[0], case=None, severity='note', what=what, numbers={**some[0].numbers, 'cases': cases})]
+        these = {id(f) for f in some}
+        findings = [f for f in findings if id(f) not in these] + [replace(some[0], case=None, severity='note', what=what, numbers={**some[0].numbers, 'cases': cases})]
     return findings
 
 # %% ../nbs/15_doctor.ipynb #a144dc73
@@ -557,16 +561,17 @@ def _groups(findings):
 
 def _table(report, most=5, width=110):
     "Lay out the findings as text"
-    def cut(text): return text if len(text) <= width else text[:width - 3] + '...'
+    def laid(text): return textwrap.fill(text, width, initial_indent='  ', subsequent_indent='      ', max_lines=4, placeholder=' ...')
     n = report.counts
     head = f'{report.name}: {len(report.cases)} cases; ' + ', '.join(f'{n[s]} {s}{"s" * (n[s] != 1)}' for s in SEVERITIES)
     if not report.findings: return f'{head}. Nothing found.'
     lines = [head]
     for (severity, kind), group in _groups(report.findings).items():
         lines += ['', f'{severity.upper():8}{kind} ({len(group)})']
-        lines += [cut(f'  {f.case or "data set"}: {f.what}') for f in group[:most]]
+        lines += [laid(f'{f.case or "data set"}: {f.what}') for f in group[:most]]
         if len(group) > most: lines.append(f'  ... and {len(group) - most} more')
         lines += [f'    why    {group[0].meaning}', f'    repair {group[0].repair}']
+    if any(len(group) > most for group in _groups(report.findings).values()): lines += ['', 'Every finding of every case stands in the JSON and the HTML report.']
     return '\n'.join(lines)
 
 # %% ../nbs/15_doctor.ipynb #20dd19a9
@@ -624,7 +629,8 @@ def _stem(name):
 def _listed(folder):
     "Image files of a folder, hidden ones left out"
     folder = Path(folder)
-    return sorted(p for p in folder.iterdir() if not p.name.startswith('.') and _stem(p.name)) if folder.is_dir() else []
+    if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK): return []
+    return sorted(p for p in folder.iterdir() if not p.name.startswith('.') and _stem(p.name))
 
 def _guessed(folder, description):
     "Files of the cases where dataset.json cannot say: by name alone"
@@ -660,8 +666,8 @@ def _roster(dataset):
             images = tuple(map(str, dataset.image_files(c)))
         except SegnbError as e: found.append(_finding('unreadable file', c, None, _plain(e), repair='move away the files that are not meant'))
         return _Files(c, images, label, dataset.channels, declared, dataset.header)
-    files = [files_of(c) for c in [*dataset.cases, *(c for c in dataset.test_cases if c not in dataset.cases)]]
-    if not dataset.cases: found.append(_finding('description', None, dataset.folder/'dataset.json', 'no training cases'))
+    files = [files_of(c) for c in dict.fromkeys([*dataset.cases, *dataset.test_cases])]
+    if not dataset.cases: found.append(_finding('description', None, dataset.folder/'dataset.json', 'no training cases', repair='list them in dataset.json, or put their label maps into labelsTr'))
     known = {os.path.abspath(p) for f in files for p in (*f.images, *([f.label] if f.label else []))}
     for part in ('imagesTr', 'labelsTr', *(['imagesTs'] if dataset.test_cases else [])):
         found += [_finding('extra file', None, p, f'{part}/{p.name} belongs to no case') for p in _listed(dataset.folder/part) if os.path.abspath(p) not in known]
@@ -1097,21 +1103,25 @@ def _sort_out(report, label_map, unsure):
     return out, {c: m for c, m in mend.items() if c not in out}, stays
 
 # %% ../nbs/15_doctor.ipynb #bf99f7e6
-def _placed(out, case):
-    "Entry of the key `dataset`: the files of a case in the copy"
-    def named(part, pattern): return sorted(f'{part}/{p.name}' for p in (out/part).iterdir() if re.fullmatch(pattern, _stem(p.name) or p.name))
-    images = named('imagesTr', rf'{re.escape(case)}_\d{{4}}') or named('imagesTs', rf'{re.escape(case)}_\d{{4}}')
-    return dict(images=images, **{'label': f for f in named('labelsTr', re.escape(case))})
+def _placed(out):
+    "Entries of the key `dataset`: {case: its files in the copy}"
+    entries = {}
+    for part in ('imagesTr', 'imagesTs', 'labelsTr'):
+        for p in sorted((out/part).iterdir()):
+            stem, file = _stem(p.name) or p.name, f'{part}/{p.name}'
+            if part == 'labelsTr': entries.setdefault(stem, dict(images=[]))['label'] = file
+            else: entries.setdefault(re.sub(r'_\d{4}$', '', stem), dict(images=[]))['images'].append(file)
+    return entries
 
 def _promise(original, left_out, out):
     "dataset.json of the copy: the original without the cases left out"
-    d = dict(original)
+    d, placed = dict(original), None
     def kept(entry):
         name = (entry.get('label', entry.get('image')) if isinstance(entry, dict) else entry)
         return re.sub(r'_0000$', '', _stem(Path(name).name)) not in left_out and _stem(Path(name).name) not in left_out
     for key in ('training', 'test', 'dataset'):
         if isinstance(d.get(key), list): d[key] = [e for e in d[key] if kept(e)]
-        if isinstance(d.get(key), dict): d[key] = {c: _placed(out, c) for c in d[key] if c not in left_out}
+        if isinstance(d.get(key), dict): placed = placed or _placed(out); d[key] = {c: placed[c] for c in d[key] if c not in left_out}
     if 'numTraining' in d: d['numTraining'] -= sum(not g['test'] for g in left_out.values())
     return d
 
@@ -1120,14 +1130,17 @@ def _gone(report, case, reason):
     "What the log says of a case left out: why, its files and their checksums"
     files = report.cases[case]
     images, label = [os.path.abspath(p) for p in files['images']], files['label'] and os.path.abspath(files['label'])
-    there = [p for p in (*images, label) if p and os.path.exists(p)]
-    return dict(reason=reason, images=images, label=label, test=case in report.test_cases, sha256={p: _checksum(p) for p in there})
+    there = [p for p in (*images, label) if p and os.path.lexists(p)]  # a link to nothing comes back, too
+    return dict(reason=reason, images=images, label=label, test=case in report.test_cases, sha256={p: os.path.exists(p) and _checksum(p) for p in there})
+
+def _free(folder, out):
+    "Raise DoctorError where a repaired copy of a data set must not be written"
+    if folder.resolve() in [out.resolve(), *out.resolve().parents]: raise DoctorError('the copy would lie inside the data set', file=out, fix='name a folder outside')
+    if out.is_dir() and any(out.iterdir()) or out.is_file(): raise DoctorError('the folder for the repaired copy is not empty', file=out, fix='name another folder')
 
 def _refuse(dataset, report, out):
     "Raise DoctorError where a repair could do harm"
-    if out.is_dir() and any(out.iterdir()): raise DoctorError('the folder for the repaired copy is not empty', file=out, fix='name another folder')
-    if dataset.folder.resolve() in [out.resolve(), *out.resolve().parents]: raise DoctorError('the copy would lie inside the data set', file=out,
-                          fix='name a folder outside')
+    _free(dataset.folder, out)
     if dataset.folder.resolve() != Path(report.folder).resolve(): raise DoctorError('the report is about another data set', found=report.folder, expected=dataset.folder,
                           fix='examine this one')
 
@@ -1169,8 +1182,9 @@ def repair(
 def _undo_file(out, log):
     "Compute one file back and prove it by its checksum"
     file = Path(out)/log['file']
-    array, _ = read_stored(file, log['file'].startswith('labelsTr'))
+    array, geometry = read_stored(file, log['file'].startswith('labelsTr'))
     array = array[0] if len(array) == 1 else array
+    if _voxels(array) == log['voxels_before'] and geometry.to_dict() == log['geometry_before']: return  # an undo that was stopped came so far
     def refuse(why): raise DoctorError(why, case=log['case'], file=file, fix=f'take {log["source"]}')
     if _voxels(array) != log['voxels_after']: refuse('the file was changed after the repair')
     for op in log['ops'][::-1]:
@@ -1185,7 +1199,7 @@ def _bring_back(out, case, gone):
     for i, p in enumerate([*gone['images'], *([gone['label']] if gone['label'] else [])]):
         part = 'labelsTr' if p == gone['label'] else 'imagesTs' if gone['test'] else 'imagesTr'
         target = Path(out)/part/(case + ('' if part == 'labelsTr' else f'_{i:04d}') + image_ending(p))
-        if p in gone['sha256']: _link(p, target)
+        if p in gone['sha256'] and not os.path.lexists(target): _link(p, target)
 
 # %% ../nbs/15_doctor.ipynb #fb73df83
 def undo(
@@ -1219,6 +1233,8 @@ def diagnose(
     unsure:bool=False,     # As in `repair`
 )->int:                    # Exit status: 0 without an error, 1 with one
     "Examine a data set, say what was found, and write what is asked for"
+    for file in filter(None, (json_file, html_file)): check_writable(Path(file).absolute().parent)  # before the long work, not after it
+    if repair_to: _free(Path(folder), Path(repair_to))
     report = examine(folder, n_workers, progress)
     say(report.table())
     if json_file: report.save(json_file)

@@ -361,13 +361,19 @@ def _scan_jpeg(b):
     "Look into a JPEG: the end mark must be there"
     return 0 if b.rfind(b'\xff\xd9') > len(b) // 2 else len(b) + 2, False, False
 
+_BEGINS = {'.png': (b'\x89PNG',), '.bmp': (b'BM',), '.jpg': (b'\xff\xd8',), '.jpeg': (b'\xff\xd8',)}
+
 def _scan(file):
     "Refuse a picture that is damaged or ends early, which SimpleITK would read; say whether Pillow must read it"
     ending, told = image_ending(file).lower(), dict(file=file, fix='copy or download it again')
     if ending not in PICTURES: return False
     b = file.read_bytes()
+    if not b.startswith(begins := _BEGINS.get(ending, (b'II', b'MM'))):
+        raise ImageError('this is no picture of the kind that its ending says', file=file, found=f'bytes that begin with {b[:4]}', expected=' or '.join(map(str, begins)),
+                         fix='give it the ending of what it is, or download it again')
     try: needs, special, odd = {'.png': _scan_png, '.bmp': _scan_bmp}.get(ending, _scan_tiff if 'tif' in ending else _scan_jpeg)(b)
-    except (struct.error, KeyError, IndexError, ZeroDivisionError) as e: raise ImageError('the file is damaged or cut short', found=e, **told) from None
+    except (struct.error, KeyError, IndexError, ZeroDivisionError) as e:
+        raise ImageError('the file is damaged or cut short', found=f'{len(b)} bytes, fewer than its header speaks of', **told) from None
     if len(b) < needs: raise ImageError('the file is cut short', found=f'{len(b)} bytes', expected=f'{needs} bytes', **told)
     if odd: raise ImageError('a kind of picture that cannot be read without loss', file=file, found=odd, fix='save it as a plain grey or RGB picture')
     if ending in ('.jpg', '.jpeg'): warnings.warn('JPEG is lossy: it smears edges; use PNG or TIFF from the source where you can', stacklevel=5)
@@ -430,7 +436,8 @@ def _open(file):
     reader.SetFileName(str(file))
     try: reader.ReadImageInformation()
     except RuntimeError as e:
-        raise ImageError('this is not an image that SimpleITK can read', file=file, found=_reason(e)) from None
+        raise ImageError('this is not an image that can be read', file=file, found='content that no reader knows' if 'ImageIO reader' in str(e) else _reason(e),
+                         expected='one of ' + ', '.join(IMAGE_ENDINGS), fix='copy or download it again, or check its ending') from None
     return reader
 
 def _itk_geometry(reader, file):
@@ -510,6 +517,15 @@ def _read_itk(file, alpha='refuse', split=False, labels=False):
     return np.moveaxis(array, -1, 0), grid
 
 # %% ../nbs/10_image.ipynb #12fa1801
+_NO_SLICES = re.compile(rb'1\.2\.840\.10008\.(1\.3\.10|5\.1\.4\.1\.1\.(88|11|104|66|9|481)\.)')  # reports, states, documents, plans: DICOM, but no image
+
+def _lost(folder, known):
+    "Name the files .dcm of a folder that belong to no series though they should be slices: damaged ones"
+    others = [p for p in sorted(folder.iterdir()) if p.name.lower().endswith('.dcm') and not p.name.startswith('.') and p.name not in known and p.is_file()]
+    def beginning(p):
+        with open(p, 'rb') as f: return f.read(1000)
+    return [p.name for p in others if not _NO_SLICES.search(beginning(p))]
+
 def _series(folder, series):
     "Find the files of one DICOM series in a folder; a file is its own series"
     if folder.is_file(): return (str(folder),)
@@ -517,6 +533,9 @@ def _series(folder, series):
     named = {uid: _tags(files[0], 'description')['description'] for uid, files in found.items()} if len(found) > 1 or series else {}
     known = [uid for uid in found if series in (None, uid, named.get(uid))]
     told = '; '.join(f'{uid} ({named.get(uid) or "no description"}, {len(files)} files)' for uid, files in found.items())
+    if lost := _lost(folder, {Path(f).name for files in found.values() for f in files}):
+        raise ImageError('DICOM files that cannot be read', file=folder, found=', '.join(lost[:4]) + ', ...' * (len(lost) > 4) + f' ({len(lost)} in all)',
+                         fix='copy them again, or move them away if they are no slices')
     if not found: raise ImageError('there is no such file, and no DICOM series in a folder of this name', file=folder, fix='check the path and the file ending')
     if len(known) != 1:
         raise ImageError('a folder with several DICOM series' if series is None else f'not one DICOM series {series!r} in this folder', file=folder, found=told,
@@ -585,11 +604,11 @@ def _read_series(folder, series=None):
 def _place(file):
     "Check that a path can be read: Path, or ImageError"
     file = Path(file)
-    if file.is_dir(): return file
-    if not file.is_file(): raise ImageError('there is no such file', file=file, fix='check the path and the file ending')
-    if file.name.endswith('.nii.gz') and (twin := file.with_suffix('')).exists():
-        raise ImageError('two files with one name', file=file, found=f'{twin.name} beside it',
-                         fix=f'move {twin.name} away: SimpleITK would read its voxels instead')
+    there = os.path.isdir(file) or os.path.isfile(file)
+    if there and not os.access(file, os.R_OK): raise ImageError('no permission to read this', file=file, fix='ask its owner, or change its mode')
+    if os.path.isdir(file): return file
+    if not there: raise ImageError('there is no such file', file=file, fix='check the path and the file ending')
+    if not os.path.getsize(file): raise ImageError('the file is empty', file=file, found='0 bytes', fix='copy or download it again')
     if file.name.lower().endswith(('.hdr', '.img', '.img.gz', '.hdr.gz')):
         raise ImageError('a pair of header and voxels (Analyze, or NIfTI in two files)', file=file, fix='convert it to .nii.gz with a tool that knows which side is left')
     return file
@@ -649,6 +668,8 @@ def header_findings(
         with _quiet(): return _told(_grid_findings(_itk_geometry(_open(file), file)))
     h = _read_header(file)
     found = _told(_statements(h)[1])
+    if file.name.endswith('.nii.gz') and file.with_suffix('').exists():
+        found.append(f'{file.stem} lies beside it: SimpleITK, and all that stands on it, takes the voxels of that file instead of its own')
     if not h.slope and h.inter: found.append(f'scl_slope 0 with scl_inter {h.inter:g}: values stay as stored, as the NIfTI standard says; SimpleITK would add the intercept')
     if h.units & 7 in (1, 3): found.append(f'sizes in {"metres" if h.units & 7 == 1 else "micrometres"}, taken as such')
     return found
@@ -698,7 +719,7 @@ def read_label_map(
     with np.errstate(invalid='ignore'): labels = array.astype(np.int16, copy=False)
     if not np.can_cast(array.dtype, np.int16) and (wrong := array[array != labels]).size:
         raise ImageError('labels must be whole numbers from -32768 to 32767', file=file, found=f'{wrong[0]}, {wrong.size} such voxels in all',
-                         fix='was the label map interpolated? export it again without interpolation')
+                         fix='was the label map interpolated? export it again without interpolation' if wrong[0] % 1 else 'give the classes smaller numbers')
     return labels, geometry
 
 # %% ../nbs/10_image.ipynb #f0854410
@@ -803,6 +824,7 @@ def split_4d(
         ending = {'.nhdr': '.nrrd', '.mhd': '.mha', '.nii': '.nii.gz'}.get(ending, ending)
         files = [Path(out)/f'{file.name[:-len(image_ending(file))]}_{i:04d}{ending}' for i in range(len(array))]
     else: files = [Path(f) for f in out]
-    if len(files) != len(array): raise ImageError('one file per channel is needed', file=file, found=f'{len(files)} names', expected=f'{len(array)} channels')
+    if len(files) != len(array): raise ImageError('the file does not hold one channel for each name', file=file, found=f'{len(array)} channels',
+                                                   expected=len(files), fix='correct the names, or the channels of dataset.json')
     for channel, target in zip(array, files): write_image(np.ascontiguousarray(channel), geometry, target)
     return tuple(files)

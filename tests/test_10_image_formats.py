@@ -305,6 +305,35 @@ def test_channels_of_several_kinds_of_file(tmp_path):
 
 # ---- broken files of every format ----
 
+def test_one_name_with_two_endings(tmp_path):
+    geometry = Geometry((2, 1, 1), (0, 0, 0), UPRIGHT, VOXELS.shape)
+    for i, ending in enumerate(('.nii', '.nii.gz', '.nrrd', '.mha')): write_image(VOXELS + i, geometry, tmp_path/f'a{ending}')
+    for i, ending in enumerate(('.nii', '.nii.gz', '.nrrd', '.mha')): assert np.array_equal(read_image(tmp_path/f'a{ending}')[0][0], VOXELS + i)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/'a.nii.gz'))), VOXELS)  # the neighbour's voxels
+    assert 'a.nii lies beside it' in header_findings(tmp_path/'a.nii.gz')[0] and not header_findings(tmp_path/'a.nii')
+
+
+def test_what_is_wrong_is_said_in_the_words_of_the_reader(tmp_path):
+    for ending in IMAGE_ENDINGS: refused('the file is empty', '0 bytes', 'copy or download it again', file=put(tmp_path/f'zero{ending}', b''))
+    page = b'<!doctype html><html>not found</html>'
+    for ending in ('.png', '.tif', '.bmp', '.jpg'): refused('no picture of the kind', '<!do', 'give it the ending', file=put(tmp_path/f'page{ending}', page))
+    for ending in ('.nrrd', '.mha'): refused('content that no reader knows', 'expected one of .nii.gz', 'copy or download', file=put(tmp_path/f'page{ending}', page))
+    cut = put(tmp_path/'cut.tif', b'II*\0' + bytes([200, 0, 0, 0]) + bytes(20))
+    refused('damaged or cut short', '28 bytes', file=cut)
+    assert 'unpack' not in str(pytest.raises(ImageError, read_image, cut).value)
+    for value, why in ((40000, 'smaller numbers'), (.5, 'interpolated')):
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((2, 3, 4), value, np.float32)), str(tmp_path/'label.nii'))
+        refused('whole numbers', why, call=read_label_map, file=tmp_path/'label.nii')
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='the superuser may read everything')
+def test_no_permission(tmp_path):
+    file = put(tmp_path/'a.nii', nifti1(), VOXELS)
+    file.chmod(0)
+    refused('no permission', file=file)
+
+
+
 def test_nothing_is_no_image(tmp_path):
     for ending in IMAGE_ENDINGS:
         for data in (b'', b'a', bytes(400), b'x'*5000): refused(file=put(tmp_path/f'bad{ending}', data))
@@ -426,7 +455,7 @@ def test_split_4d(ending, tmp_path):
         named = split_4d(tmp_path/f'four{ending}', [tmp_path/f'x{i}.nii.gz' for i in range(3)])
         assert np.array_equal(read_image(named[2])[0][0], voxels[2])
         assert before == (tmp_path/f'four{ending}').read_bytes()
-    with pytest.raises(ImageError, match='one file per channel.*2 names.*3 channels'): split_4d(tmp_path/f'four{ending}', [tmp_path/'a.nrrd', tmp_path/'b.nrrd'])
+    with pytest.raises(ImageError, match='one channel for each name.*3 channels.*expected 2'): split_4d(tmp_path/f'four{ending}', [tmp_path/'a.nrrd', tmp_path/'b.nrrd'])
 
 
 # ---- pictures ----
@@ -556,6 +585,20 @@ def test_dicom_series_that_are_no_volume(tmp_path):
     victim.write_bytes(victim.read_bytes()[:-20])
     refused(file=cut)
     with pytest.warns(UserWarning, match='packed with loss'): read_image(dicom(tmp_path/'lossy', steps, **{'0028|2110': '01'}))
+
+
+def test_dicom_slices_that_are_damaged_are_not_left_out(tmp_path, monkeypatch):
+    for name, which, keep in (('first', 0, 0), ('last', -1, 0), ('header', -1, 200), ('voxels', -1, -20)):  # a volume that lacks its end looks like a sound one
+        folder = dicom(tmp_path/name, np.arange(6)*2.5)
+        victim = sorted(folder.iterdir(), key=lambda f: f.name[2:])[which]
+        victim.write_bytes(victim.read_bytes()[:keep])
+        refused('cannot be read', victim.name, '1 in all', file=folder)
+    folder = dicom(tmp_path/'report', np.arange(6)*2.5)
+    (folder/'report.dcm').write_bytes(bytes(128) + b'DICM' + b'1.2.840.10008.5.1.4.1.1.88.11' + bytes(50))  # a structured report is no slice
+    (folder/'.hidden.dcm').write_bytes(b'')
+    assert read_image(folder)[0].shape == (1, 6, 5, 4)
+    monkeypatch.chdir(folder)
+    for here in ('.', '../report', './'): assert read_image(here)[0].shape == (1, 6, 5, 4)
 
 
 # ---- real odd files ----

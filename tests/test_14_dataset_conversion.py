@@ -218,6 +218,17 @@ def test_numbers_of_pictures_in_colour_and_grey(tmp_path):
     assert not (tmp_path/'Task017_X').exists()
 
 
+def test_a_pattern_that_fits_nothing_and_a_description_that_is_none(tmp_path):
+    source = recorder.make(tmp_path/'source')
+    with pytest.raises(DatasetError, match=r'no image fits the pattern; found \d+ files, such as .*; expected \{case\}_ct.nii.gz'):
+        convert_pairs(source/'imagesTr', source/'labelsTr', tmp_path/'Task018_X', pattern='{case}_ct.nii.gz', channels=('T1',), n_workers=0)
+    for text in ('5', 'null', '[]', '"a"'):
+        (source/'dataset.json').write_text(text)
+        for convert in (convert_decathlon, convert_nnunet):
+            with pytest.raises(DatasetError, match='must hold an object'): convert(source, tmp_path/'Task019_X')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
+
+
 def test_pairs_that_are_none(tmp_path):
     source = recorder.make(tmp_path/'source')
     images, labels, told = source/'imagesTr', source/'labelsTr', dict(channels=('T1', 'T2'), n_workers=0)

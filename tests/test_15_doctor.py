@@ -162,6 +162,74 @@ def test_the_repaired_values_are_right(dirty, tmp_path):
     assert axis_codes(read_stored(out/'imagesTr/lying_otherwise_0000.nii.gz')[1].direction) == 'LPS'
 
 
+def small(folder, n=4, ending='.nii.gz', shape=(6, 20, 22)):
+    "A sound data set of n cases, and its geometry"
+    geometry = Geometry((2, 1, 1.5) if shape[0] > 1 else (999, 1, 1), (0, 0, 0), PLAIN, shape)
+    for part in ('imagesTr', 'labelsTr'): (folder/part).mkdir(parents=True)
+    for i in range(n):
+        image = np.random.default_rng(i).integers(0, 60, shape).astype(np.uint8)
+        label = np.zeros(shape, np.uint8); label[:, 5:12, 5:14] = 1; label[:, 7:9, 7:10] = 2
+        write_image(image + label * 60, geometry, folder/'imagesTr'/f'c{i}_0000{ending}'); write_label_map(label, geometry, folder/'labelsTr'/f'c{i}{ending}')
+    write_json(dict(channel_names={'0': 'MR'}, labels={'background': 0, 'a': 1, 'b': 2}, numTraining=n, file_ending=ending), folder/'dataset.json')
+    return folder, geometry
+
+
+@pytest.mark.parametrize('factor, kind', [(.999, 'float labels'), (1.02, 'float labels'), (.9, 'interpolated labels')])
+def test_rounding_errors_of_every_size(factor, kind, tmp_path):
+    folder, geometry = small(tmp_path/'a')
+    whole = read_stored(file := folder/'labelsTr'/'c1.nii.gz')[0][0]
+    write_image(whole.astype(np.float32) * np.float32(factor), geometry, file)
+    report = examine(folder, 0)
+    assert [(f.kind, f.case) for f in report.findings] == [(kind, 'c1')]
+    repair(folder, report, out := tmp_path/'b', n_workers=0)
+    if kind == 'float labels': assert np.array_equal(read_stored(out/'labelsTr'/'c1.nii.gz')[0][0], whole)
+    else: assert not (out/'labelsTr'/'c1.nii.gz').exists()
+
+
+def test_pictures_of_other_sizes_are_never_pasted_into_a_corner(tmp_path):
+    folder, _ = small(tmp_path/'a', ending='.png', shape=(1, 20, 22))
+    half = np.zeros((1, 10, 11), np.uint8); half[:, 3:6, 3:6] = 1
+    write_label_map(half, Geometry((999, 1, 1), (0, 0, 0), PLAIN, half.shape), folder/'labelsTr'/'c1.png')
+    report = examine(folder, 0)
+    assert [(f.kind, f.case) for f in report.findings] == [('unusable grid', 'c1')] and 'lies inside' not in report.findings[0].what
+    assert list(repair(folder, report, tmp_path/'b', n_workers=0)['left_out']) == ['c1']
+    report.to_html(tmp_path/'a.html')
+
+
+def test_undo_brings_links_to_nothing_back_and_can_be_taken_up_again(tmp_path, monkeypatch):
+    folder, geometry = small(tmp_path/'a', 5)
+    for f in (folder/'labelsTr'/'c1.nii.gz', folder/'imagesTr'/'c2_0000.nii.gz'): f.unlink(); f.symlink_to(tmp_path/'gone.nii.gz')
+    for i in (3, 4): write_image(read_stored(folder/'labelsTr'/f'c{i}.nii.gz')[0][0] * np.float32(1.001), geometry, folder/'labelsTr'/f'c{i}.nii.gz')
+    report = examine(folder, 0)
+    repair(folder, report, out := tmp_path/'b', n_workers=0)
+    import segnb.doctor as module
+    with monkeypatch.context() as m:  # stopped in the middle
+        m.setattr(module, '_promise', lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError): undo(out)
+    undo(out)
+    assert [(f.kind, f.case, f.what) for f in examine(out, 0).findings] == [(f.kind, f.case, f.what) for f in report.findings]
+
+
+def test_what_cannot_be_written_is_said_before_the_long_work(tmp_path, monkeypatch):
+    folder, _ = small(tmp_path/'a')
+    import segnb.doctor as module
+    monkeypatch.setattr(module, 'examine', lambda *a: pytest.fail('examined first'))
+    (tmp_path/'file').touch()
+    for more in (dict(json_file=tmp_path/'file'/'x.json'), dict(html_file=tmp_path/'file'/'x.html')):
+        with pytest.raises(SegnbError, match='cannot be written'): diagnose(folder, **more)
+    for out, why in ((folder, 'inside'), (folder/'b', 'inside'), (tmp_path/'file', 'not empty')):
+        with pytest.raises(DoctorError, match=why): diagnose(folder, out)
+
+
+def test_the_table_tells_all_it_has_and_where_the_rest_is(tmp_path):
+    folder, _ = small(tmp_path/'a', 9)
+    for i in range(7): (folder/'imagesTr'/f'c{i}_0000.nii.gz').write_bytes(b'')
+    text = examine(folder, 0).table()
+    assert 'and 2 more' in text and 'stands in the JSON and the HTML' in text and max(map(len, text.splitlines())) <= 110
+    (folder/'imagesTr'/'c0_0000.nii.gz').write_bytes(b'x' * 900)
+    assert 'a header of 348 or 540 bytes' in ' '.join(examine(folder, 0).table().split())  # wrapped, not cut
+
+
 def test_refusals(dirty, tmp_path):
     folder, report, _ = dirty
     (tmp_path/'full').mkdir(); (tmp_path/'full'/'x').touch()
