@@ -163,6 +163,8 @@ class Description:
         self.labels = Labels.from_dict(self.json, file)
         self.file_ending = _key(self.json, file, ('file_ending',), str, '.nii.gz')
         self.header = _key(self.json, file, ('header',), str, 'refuse')  # what to believe of contradictory NIfTI headers
+        for key, value, right in (('file_ending', self.file_ending, self.file_ending[:1] in ('.', '')), ('header', self.header, self.header in ('refuse', 'qform', 'sform'))):
+            if not right: raise DatasetError(f'the key "{key}" has a value that means nothing', file=file, found=value, expected={'header': 'refuse, qform or sform'}.get(key, '.nii.gz, with the dot'))
         self.references = {}  # {case: (image files, label file)} of cases that dataset.json places elsewhere
         self.cases = self._cases('dataset' if 'dataset' in self.json else 'training', file)
         self.test_cases = self._cases('test', file)

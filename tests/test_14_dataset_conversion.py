@@ -229,6 +229,13 @@ def test_a_pattern_that_fits_nothing_and_a_description_that_is_none(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ['source']
 
 
+@pytest.mark.parametrize('key, value, why', [('file_ending', 'nii.gz', 'with the dot'), ('header', 'maybe', 'refuse, qform or sform')])
+def test_values_that_mean_nothing(key, value, why, tmp_path):
+    source = recorder.make(tmp_path/'source')
+    (source/'dataset.json').write_text(json.dumps({**json.loads((source/'dataset.json').read_text()), key: value}))
+    with pytest.raises(DatasetError, match=f'"{key}" has a value that means nothing; found {value}; expected .*{why}'): Dataset(source)
+
+
 def test_pairs_that_are_none(tmp_path):
     source = recorder.make(tmp_path/'source')
     images, labels, told = source/'imagesTr', source/'labelsTr', dict(channels=('T1', 'T2'), n_workers=0)
