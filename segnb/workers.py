@@ -74,6 +74,7 @@ def _left_in(folder, v2):
     files = sum(int(stat[stat.index(k)+1]) for k in (f'{names[2]}inactive_file', f'{names[2]}active_file') if k in stat)
     return max(0, limit - max(0, _number_in(folder/names[1]) - files))
 
+# %% ../nbs/13_workers.ipynb #3bd7b37a
 def _left_to_map():
     "Bytes that one process may still take under `ulimit -v`, which its workers inherit; infinity without a limit"
     import psutil
