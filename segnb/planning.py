@@ -782,7 +782,6 @@ def _fit_wish(planner, c, spacing, shape, wanted, counts, limit, allow):
         s = found.steps[0]
         raise PlansError('the patch does not fit the memory', found=f'{_by(legal)}, {s.memory/1e6:.4g} million values',
                          expected=f'at most {limit/1e6:.4g} million, for instance {_by(found.patch_size)}', fix='plan with more memory_gb, or allow=True')
-    if not found.pool_op_kernel_sizes: raise PlansError('the patch is too small for a U-Net', found=_by(legal), expected='at least one axis of 8 voxels that can be halved')
     return found, notes
 
 # %% ../nbs/24_planning.ipynb #63fc715d
@@ -800,6 +799,8 @@ def _edit_one(plans, c, wishes, planner, allow):
     mm, part = tuple(spacing[axes].tolist()), tuple(shape[axes])
     if wanted is None: t = p.patch(mm, part, counts, limit)
     else: t, notes = _fit_wish(p, c, mm, part, wanted, counts, limit, allow or 'patch_size' not in wishes)
+    if c.pool_op_kernel_sizes and not t.pool_op_kernel_sizes:
+        raise PlansError('the patch is too small for a U-Net', found=_by(t.patch_size), expected='at least one axis of 8 voxels that can be halved')
     batch, by_memory, by_dataset = p.batch(t.memory, t.patch_size, shape, counts, limit)
     if 'batch_size' in wishes:
         if wishes['batch_size'] > by_memory and not allow:

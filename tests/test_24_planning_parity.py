@@ -291,3 +291,12 @@ def test_patches_that_cannot_see_enough_are_not_tried():
                                                     ((20, 320, 256), (3.6, .625, .625), (20, 320, 256)), ((7, 7, 7), (1, 1, 1), (7, 7, 7)), ((150, 90, 33), (1, 1, 1), (144, 96, 32))])
 def test_a_wish_goes_to_the_nearest_legal_size(wanted, spacing, legal):
     assert snap_patch(spacing, wanted) == legal and snap_patch(list(spacing), np.array(wanted)) == legal
+
+
+def test_no_edit_takes_the_last_halving_away_and_plans_without_one_can_be_edited():
+    p = plan_experiment(known('Liver'))
+    for wish in (dict(spacing=(100, 100, 100)), dict(patch_size=(7, 7, 7))):
+        with pytest.raises(PlansError, match='too small for a U-Net'): p.edit('3d_fullres', say=None, **wish)
+    tiny = plan_experiment(Fingerprint([(1, 1, 1)]*9, [(5, 6, 7)]*9, ['MRI'], [1]))
+    assert not tiny.configuration('3d_fullres').pool_op_kernel_sizes
+    assert tiny.edit('3d_fullres', batch_size=1, say=None).configuration('3d_fullres').batch_size == 1
