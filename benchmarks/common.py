@@ -68,25 +68,28 @@ class TreeMemory(threading.Thread):
         self.join()
 
 
-def measure(work, repeats=5, slow=8., memory='own', per=1):
-    "Median seconds of `work()` after one call that is thrown away (a call slower than `slow` seconds counts and stands alone)"
+def measure(work, repeats=5, slow=8., memory='own', per=1, before=lambda: None):
+    "Median seconds of `work()`, `before()` not counted, after one call that is thrown away (a call above `slow` seconds stands alone)"
     gc.collect()
     try: ctypes.CDLL('libc.so.6').malloc_trim(0)
     except OSError: pass
     if memory == 'own': Path('/proc/self/clear_refs').write_text('5')   # the peak counts from here
     walls, cpus = [], []
-    tree = TreeMemory() if memory == 'tree' else None
-    if tree: tree.__enter__()
     while len(walls) < repeats + 1:
+        before()   # not timed
         wall, cpu = time.perf_counter(), _cpu_seconds()
         work()
         walls.append(time.perf_counter() - wall)
         cpus.append(_cpu_seconds() - cpu)
         if walls[0] > slow: break
-    if tree: tree.__exit__()
+    peak = _status('VmHWM')
+    if memory == 'tree':
+        before()
+        with TreeMemory() as tree: work()   # once more: looking costs time
+        peak = tree.peak
     walls, cpus = (walls[1:], cpus[1:]) if len(walls) > 1 else (walls, cpus)
     return dict(seconds=statistics.median(walls)/per, fastest=min(walls)/per, cpu_seconds=statistics.median(cpus)/per, calls=len(walls),
-                peak_mb=round(tree.peak if tree else _status('VmHWM')), unit='a case' if per > 1 else 'a call')
+                peak_mb=round(peak), unit='a case' if per > 1 else 'a call')
 
 
 def _child(script, key, python, limit):

@@ -21,10 +21,8 @@ def ours(task, n_workers):
     dataset = Dataset(task)
     plans = plan_experiment(extract_fingerprint(dataset, 0))
     with tempfile.TemporaryDirectory() as folder:
-        def work():
-            shutil.rmtree(folder)
-            preprocess_dataset(dataset, plans, Path(folder), ['3d_fullres'], n_workers)
-        return measure(work, per=len(dataset.cases), memory='tree')
+        def work(): preprocess_dataset(dataset, plans, Path(folder)/'out', ['3d_fullres'], n_workers)
+        return measure(work, per=len(dataset.cases), memory='tree', before=lambda: shutil.rmtree(Path(folder)/'out', ignore_errors=True))
 
 
 def _managers(plans):
@@ -39,11 +37,12 @@ def v2_in_process(task):
     torch.set_num_threads(1)
     (manager, configuration), cases = _managers(plans), v2.cases(task)
     preprocessor, out = configuration.preprocessor_class(verbose=False), v2.SCRATCH/'one_by_one'
-    def work():
+    def empty():
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
+    def work():
         for name, images, label in cases: preprocessor.run_case_save(str(out/name), images, label, manager, configuration, description)
-    return measure(work, 3, per=len(cases), memory='tree')
+    return measure(work, 3, per=len(cases), memory='tree', before=empty)
 
 
 def v2_two(task):

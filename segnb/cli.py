@@ -21,7 +21,7 @@ def find_raw(
     workspace:Path, # The workspace
 )->Path:            # The folder that holds dataset.json
     "Find a raw data set by path, name or number; nnU-Net's `nnUNet_raw_data_base` and `nnUNet_raw` are looked into last"
-    if (Path(name)/'dataset.json').exists(): return Path(name)
+    if os.path.exists(Path(name)/'dataset.json'): return Path(name)
     places = [workspace/'raw'] + [Path(os.environ[v])/sub for v, sub in (('nnUNet_raw_data_base', 'nnUNet_raw_data'), ('nnUNet_raw', '')) if v in os.environ]
     found = [f for place in places if place.is_dir() for f in sorted(place.iterdir()) if (f/'dataset.json').exists() and _named(f.name, name)]
     if len(found) == 1: return found[0]
@@ -98,7 +98,7 @@ def plan(
     out = Path(workspace)/'preprocessed'/raw.resolve().name
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    say(f'{raw.resolve().name}: checking {len(data.cases)} cases')
+    say(f'{raw.resolve().name}: checking {len(data.cases)} training cases')
     try: check_dataset(data, workers)
     except DatasetError as error:
         raise UsageError(f'{error}\nTo see each finding with what it means, and to mend what can be mended: segnb doctor {dataset} --html report.html --repair FOLDER') from None
@@ -145,6 +145,7 @@ def _change(text):
     if not equals: raise UsageError(f"'{text}' is no change; write KEY=NUMBER or KEY=NUMBER,NUMBER,NUMBER, for example patch_size=64,96,96")
     return key, numbers if len(numbers) > 1 else numbers[0]
 
+# %% ../nbs/90_cli.ipynb #72c372ff
 def draw_plan(
     dataset:str,  # Data set planned before: folder, name or number
     workspace,    # The workspace
