@@ -1,5 +1,5 @@
 """Shared by all tests: tiny raw tasks cut from the sample data, and the `segnb` command run on them once a session."""
-import os, shutil, subprocess, sys
+import locale, os, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ QUICK = ('--epochs', 2, '--iterations', 3, '--val-iterations', 1, '--device', 'c
 def command(*args, program=(SEGNB,), cwd=None):
     "Run the segnb command in a process of its own, with one thread"
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([*program, *map(str, args)], capture_output=True, text=True, env=env, cwd=cwd or ROOT)
+    return subprocess.run([*program, *map(str, args)], capture_output=True, encoding='utf-8', env=env, cwd=cwd or ROOT)
 
 
 def files(folder):
@@ -64,6 +64,14 @@ def chain(raw, workspace, *, train=()):
         said[verb] = command(verb, *args, '-w', workspace)
         assert said[verb].returncode == 0, f'segnb {verb}: {said[verb].stderr}'
     return SimpleNamespace(raw=raw, workspace=workspace, preprocessed=workspace/'preprocessed'/raw.name, model=model, fold=model/'fold_0', predictions=predictions, said=said)
+
+
+@pytest.fixture(autouse=True)
+def same_locale():
+    "Put the locale back: GDCM sets it to C when a test writes DICOM files"
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture
