@@ -79,6 +79,7 @@ def nonzero_box(
     data:np.ndarray, # (C, Z, Y, X) image
 )->CropBox:          # Smallest box outside which every channel is zero
     "Find the box of the voxels that are non-zero in any channel; raise `CroppingError` when none is"
+    data = np.asanyarray(data)
     if data.ndim == 4 and data.size and all(face.any() for face in _faces(data)):
         return CropBox((0, n) for n in data.shape[1:])
     thick = max(1, 65536 // max(1, data[0, 0].size)) # so many slices at once fit into the processor's cache
@@ -130,7 +131,7 @@ def nonzero_mask(
     data:np.ndarray, # (C, Z, Y, X) image; NaN counts as non-zero
 )->np.ndarray:       # (Z, Y, X) bool
     "Mark voxels that are non-zero in any channel, and the holes they enclose"
-    mask = _any_nonzero(data)
+    mask = _any_nonzero(np.asanyarray(data))
     if mask.any():
         inside = bounding_box(mask).slices # a hole cannot reach beyond the box
         mask[inside] = fill_holes(mask[inside])
@@ -154,6 +155,7 @@ def crop_to_nonzero(
     copy:bool=True,       # False: the image that is returned is a view into `data`, and costs no memory
 )->tuple:                 # (data (C, Z, Y, X), seg (Z, Y, X) signed integers, CropBox); new arrays
     "Cut to the box of the non-zero voxels; raise `CroppingError` for an empty image or unfit labels"
+    data, seg = np.asanyarray(data), None if seg is None else np.asanyarray(seg)
     if seg is not None and seg.shape != data.shape[1:]:
         raise CroppingError('label map and image differ in shape', found=f'label map {seg.shape}',
                             expected=f'{data.shape[1:]}')
@@ -174,7 +176,7 @@ def uncrop(
     shape:tuple,      # (Z, Y, X) of the image before cropping, voxels
 )->np.ndarray:        # (..., *shape), zeros outside the box, same dtype
     "Put a cropped array back in its place; raise `CroppingError` when box, array and shape disagree"
-    box, shape = CropBox(bbox), tuple(int(s) for s in shape)
+    array, box, shape = np.asanyarray(array), CropBox(bbox), tuple(int(s) for s in shape)
     if array.shape[-3:] != box.shape:
         raise CroppingError('the array does not fit the box', found=f'array {array.shape}',
                             expected=f'last three axes {box.shape}')

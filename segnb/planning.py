@@ -777,11 +777,11 @@ def _fit_wish(planner, c, spacing, shape, wanted, counts, limit, allow):
     full = pool_and_kernels(spacing, [math.ceil(n) for n in shape], rule=planner.rule)[3]
     most = [max(-(-math.ceil(n) // d) * d, f) for n, d, f in zip(shape, pool_and_kernels(spacing, legal, rule=planner.rule)[4], full)]
     if any(p > m for p, m in zip(legal, most)) and not allow:
-        raise PlansError('the patch is larger than the median case', found=_by(legal), expected=f'at most {_by(most)}', fix='choose a smaller one, or allow=True')
+        raise PlansError('the patch is larger than the median case', found=_by(legal), expected=f'at most {_by(most)}', fix='choose a smaller one, or allow=True (--allow at the command line)')
     if found.patch_size != legal:
         s = found.steps[0]
         raise PlansError('the patch does not fit the memory', found=f'{_by(legal)}, {s.memory/1e6:.4g} million values',
-                         expected=f'at most {limit/1e6:.4g} million, for instance {_by(found.patch_size)}', fix='plan with more memory_gb, or allow=True')
+                         expected=f'at most {limit/1e6:.4g} million, for instance {_by(found.patch_size)}', fix='plan with more memory_gb, or allow=True (--allow at the command line)')
     return found, notes
 
 # %% ../nbs/24_planning.ipynb #63fc715d
@@ -805,7 +805,7 @@ def _edit_one(plans, c, wishes, planner, allow):
     if 'batch_size' in wishes:
         if wishes['batch_size'] > by_memory and not allow:
             raise PlansError('the batch does not fit the memory', found=wishes['batch_size'], expected=f'at most {by_memory} patches of {_by(t.patch_size)}',
-                             fix='choose a smaller one, plan with more memory_gb, or allow=True')
+                             fix='choose a smaller one, plan with more memory_gb, or allow=True (--allow at the command line)')
         if wishes['batch_size'] > by_dataset: notes.append(f"batch_size: {wishes['batch_size']} patches hold more than the usual share of the data set, {by_dataset}")
     blocks = p.blocks(c.name, len(t.conv_kernel_sizes)) or (None, None)
     fields = dict(patch_size=t.patch_size, batch_size=batch, spacing=spacing.tolist(), median_shape=[round(n) for n in shape], num_pool_per_axis=t.num_pool_per_axis,

@@ -121,3 +121,11 @@ def test_memory_of_a_crop():
     tracemalloc.start(); box = nonzero_box(data); scan = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     tracemalloc.start(); crop_to_nonzero(data, copy=False); crop = tracemalloc.get_traced_memory()[1]; tracemalloc.stop()
     assert box.shape == data.shape[1:] and scan < .1 * data[0].size and crop < 6 * data[0].size, (scan, crop)
+
+
+def test_nested_lists_are_welcome():
+    from segnb.cropping import crop_to_nonzero, nonzero_mask, uncrop
+    image, labels = [[[[0, 0, 0], [0, 5, 0], [0, 0, 0]]]], [[[0, 0, 0], [0, 1, 0], [0, 0, 0]]]
+    data, seg, box = crop_to_nonzero(image, labels)
+    assert data.tolist() == [[[[5]]]] and seg.tolist() == [[[1]]] and box == ((0, 1), (1, 2), (1, 2))
+    assert nonzero_mask(image).sum() == 1 and uncrop(seg.tolist(), box, (1, 3, 3)).tolist() == labels
