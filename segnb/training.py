@@ -355,9 +355,9 @@ def _set_up(t):
 # %% ../nbs/53_training.ipynb #d6bcdf15
 def _check_kind(t):
     "Refuse what can be planned and preprocessed but not trained with this trainer"
-    told = dict(case=None, file=t.preprocessed, expected='one class per voxel and a 3D configuration of one stage')
-    if len(t.plan.patch_size) != 3: raise TrainingError('the network is three-dimensional', found=f"configuration '{t.configuration}' with patch {t.plan.patch_size}", fix="train '3d_fullres'", **told)
-    if getattr(t.plan, 'previous_stage', None): raise TrainingError('a cascade cannot be trained', found=f"configuration '{t.configuration}'", fix="train '3d_fullres' or '3d_lowres'", **told)
+    told = dict(file=t.preprocessed, expected='one class per voxel and a 3D configuration of one stage')
+    if t.plan.dimensions != 3: raise TrainingError('the network is three-dimensional', found=f"configuration '{t.configuration}' with patch {t.plan.patch_size}", fix="train '3d_fullres'", **told)
+    if t.plan.previous_stage: raise TrainingError('a cascade cannot be trained', found=f"configuration '{t.configuration}'", fix="train '3d_fullres' or '3d_lowres'", **told)
     if t.labels.regions: raise TrainingError('regions that overlap cannot be trained', found=', '.join(t.labels.regions), fix='declare plain classes in dataset.json', **told)
     if t.labels.ignore is not None: raise TrainingError('an ignore label cannot be trained', found=f'label {t.labels.values[t.labels.ignore]}', fix='give these voxels a class', **told)
 
