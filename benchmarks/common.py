@@ -12,6 +12,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 RECORD = HERE/'record.json'
 DATA = Path(os.environ.get('SEGNB_REAL_DATA', HERE.parent.parent/'shared'/'data'))
+TASKS = {t.name: t for t in (DATA/'Task004_Hippocampus', DATA/'Task010_SarcomaCT', HERE.parent/'data_samples'/'Task101_PhantomCT') if t.exists()}
 PACKAGES = ('segnb', 'torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'nnunetv2', 'batchgenerators', 'blosc2')
 entries, marks = {}, {}
 
@@ -27,6 +28,15 @@ def entry(group, implementation, python='segnb'):
 def mark(group, peer, at_least, figure='seconds', of='segnb'):
     "State the goal: `peer`'s figure divided by that of `of` is at least this"
     marks.setdefault(group, []).append((peer, at_least, figure, of))
+
+
+def data_sets(ours, in_process, two):
+    "Register segnb (default, in process, two workers) and nnU-Net v2 (in process, two processes) for every data set that is there"
+    for name, task in TASKS.items():
+        for implementation, workers in (('segnb', None), ('segnb_in_process', 0), ('segnb_two', 2)):
+            entry(name, implementation)(lambda t=task, n=workers: ours(t, n))
+        entry(name, 'nnunetv2_in_process', 'peers')(lambda t=task: in_process(t))
+        entry(name, 'nnunetv2_two', 'peers')(lambda t=task: two(t))
 
 
 def _status(key):

@@ -4,10 +4,8 @@ Seconds are per case and include reading. nnU-Net's in-process entry calls its f
 the pooling of intensities that ends its own command; segnb's entries give the finished fingerprint. Memory is that of the
 process and its children together. Data sets that are missing are left out; Task101_PhantomCT comes with segnb.
 """
-from common import DATA, HERE, entry, main, mark, measure
+from common import TASKS, data_sets, main, mark, measure
 import v2
-
-TASKS = {t.name: t for t in (DATA/'Task004_Hippocampus', DATA/'Task010_SarcomaCT', HERE.parent/'data_samples'/'Task101_PhantomCT') if t.exists()}
 
 
 def ours(task, n_workers):
@@ -33,12 +31,8 @@ def v2_two(task):
     return measure(lambda: extract_fingerprints([v2.number(task)], num_processes=2, clean=True), 3, per=len(cases), memory='tree')
 
 
-for name, task in TASKS.items():
-    entry(name, 'segnb')(lambda t=task: ours(t, None))
-    entry(name, 'segnb_in_process')(lambda t=task: ours(t, 0))
-    entry(name, 'segnb_two')(lambda t=task: ours(t, 2))
-    entry(name, 'nnunetv2_in_process', 'peers')(lambda t=task: v2_in_process(t))
-    entry(name, 'nnunetv2_two', 'peers')(lambda t=task: v2_two(t))
+data_sets(ours, v2_in_process, v2_two)
+for name in TASKS:
     for peer in ('nnunetv2_in_process', 'nnunetv2_two'): mark(name, peer, 1.5)
     mark(name, 'nnunetv2_in_process', 1, 'peak_mb')
 

@@ -7,10 +7,8 @@ start included); in process, the same function runs case after case. Memory is t
 import shutil, tempfile
 from pathlib import Path
 
-from common import DATA, HERE, entry, main, mark, measure
+from common import HERE, TASKS, data_sets, entry, main, mark, measure
 import v2
-
-TASKS = {t.name: t for t in (DATA/'Task004_Hippocampus', DATA/'Task010_SarcomaCT', HERE.parent/'data_samples'/'Task101_PhantomCT') if t.exists()}
 
 
 def ours(task, n_workers):
@@ -52,12 +50,8 @@ def v2_two(task):
                    memory='tree')
 
 
-for name, task in TASKS.items():
-    entry(name, 'segnb')(lambda t=task: ours(t, None))
-    entry(name, 'segnb_in_process')(lambda t=task: ours(t, 0))
-    entry(name, 'segnb_two')(lambda t=task: ours(t, 2))
-    entry(name, 'nnunetv2_in_process', 'peers')(lambda t=task: v2_in_process(t))
-    entry(name, 'nnunetv2_two', 'peers')(lambda t=task: v2_two(t))
+data_sets(ours, v2_in_process, v2_two)
+for name in TASKS:
     for peer in ('nnunetv2_in_process', 'nnunetv2_two'): mark(name, peer, 3, of='segnb_two')
 
 

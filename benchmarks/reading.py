@@ -5,10 +5,8 @@ segnb also looks for NaN, for files that end early and for headers that contradi
 import os
 os.environ.update(OMP_NUM_THREADS='1', ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS='1')
 
-from common import DATA, HERE, entry, main, mark, measure
+from common import TASKS, entry, main, mark, measure
 import v2
-
-TASKS = {t.name: t for t in (DATA/'Task004_Hippocampus', DATA/'Task010_SarcomaCT', HERE.parent/'data_samples'/'Task101_PhantomCT') if t.exists()}
 
 
 def files(task, most=40):
