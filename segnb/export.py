@@ -46,11 +46,12 @@ def to_original_grid(
 def probabilities_to_original_grid(
     probabilities:np.ndarray, # (K, Z, Y, X) in the plan's axes and spacing
     case_properties:dict,     # From `preprocess_case`
+    regions:bool=False,       # The maps are regions that may overlap: none of them is the background
 )->np.ndarray:                # (K, Z, Y, X) float32 on the grid of the original image
-    "Give the probabilities on the original grid; outside the crop box they are 1 for background"
+    "Give the probabilities on the original grid; outside the crop box it is background"
     bbox, shape = case_properties['bbox'], tuple(case_properties['shape'])
     out = np.zeros((len(probabilities), *shape), np.float32)
-    out[0] = 1
+    if not regions: out[0] = 1
     box = tuple(slice(a, b) for a, b in bbox)
     for label, probability in enumerate(_cropped_classes(probabilities, case_properties)): out[label][box] = probability
     return out

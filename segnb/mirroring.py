@@ -39,15 +39,17 @@ def predict_mirrored(
     network,        # Called as `network(x)`; returns logits (B, K, Z, Y, X) or a list whose first entry they are
     x:torch.Tensor, # (B, C, Z, Y, X), on the network's device
     axes:tuple,     # Spatial axes to mirror: (), (0,), ..., (0, 1, 2)
-)->torch.Tensor:    # Mean probabilities (B, K, Z, Y, X), float32, on the same device; channels sum to 1
-    "Average the softmax over all mirror images of the input; raises `MirroringError` for impossible axes"
+    regions:bool=False, # The outputs are regions that may overlap: a sigmoid each, instead of one softmax
+)->torch.Tensor:    # Mean probabilities (B, K, Z, Y, X), float32, on the same device; those of classes sum to 1
+    "Average the probabilities over all mirror images of the input; raises `MirroringError` for impossible axes"
     _check_mirror_axes(axes, x.ndim - 2)
     total = None
     for flips in mirror_combinations(axes):
         dims = [axis + 2 for axis in flips] # batch and channel come first
         logits = network(x.flip(dims) if dims else x)
         if isinstance(logits, (list, tuple)): logits = logits[0]
-        p = logits.float().softmax(1)
+        p = logits.float()
+        p = p.sigmoid() if regions else p.softmax(1)
         if total is None: total = p # the running sum is the only result kept
         else: total += p.flip(dims)
     return total.div_(2**len(axes)) if axes else total

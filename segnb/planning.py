@@ -362,6 +362,12 @@ class Plans:
         "Count what the network tells apart"
         return len(self.labels) + 1
 
+    def n_inputs(self,
+        name:str, # Name of a configuration
+    )->int:       # Input channels of its network
+        "Count what the network is shown: the image's channels and, in a cascade, a mask for each label of the stage before"
+        return len(self.channels) + (len(self.labels) if self.configuration(name).previous_stage else 0)
+
 # %% ../nbs/24_planning.ipynb #f54c4b80
 def _to_dict(plans)->dict: # plain lists, numbers and strings
     "Give the plan as JSON has it"
