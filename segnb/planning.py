@@ -353,9 +353,8 @@ class Plans:
     )->Configuration:
         "Give one configuration; raise `PlansError` with the choices when there is none of that name"
         if name in self.configurations: return self.configurations[name]
-        why = 'one patch at full resolution sees enough of a case' if name == '3d_lowres' else None
-        raise PlansError('this plan has no such configuration', found=repr(name),
-                         expected=' or '.join(self.configurations), fix=why)
+        raise PlansError('this plan has no such configuration', found=repr(name), expected=' or '.join(self.configurations),
+                         fix='one patch at full resolution sees enough of a case' if name == '3d_lowres' else None)
 
     @property
     def n_outputs(self)->int: # classes including background

@@ -177,7 +177,8 @@ def browse(
 STAGES = (('data', ('image', 'viewer', 'labels', 'workers', 'dataset', 'doctor', 'samples')),
           ('plan', ('cropping', 'fingerprint', 'spacing', 'topology', 'planning')),
           ('prepare', ('resampling', 'normalization', 'preprocessing')),
-          ('train', ('loader', 'augmentation', 'network', 'loss', 'splits', 'training')),
+          ('patches', ('transforms', 'loader', 'augmentation', 'batches')),
+          ('train', ('optimization', 'distributed', 'checkpoints', 'network', 'loss', 'splits', 'training', 'callbacks', 'probe')),
           ('predict', ('metrics', 'mirroring', 'sliding_window', 'export', 'prediction', 'validation')))
 
 def pipeline_strip(
@@ -194,7 +195,7 @@ def pipeline_strip(
         if i: ax.annotate('', (i+.05, .5), (i-.09, .5), arrowprops=dict(arrowstyle='->', color='#777777'))
         for j, name in enumerate(topics):
             here = name == topic
-            ax.text(i+.08 + .44*(j % 2), .66 - .18*(j//2), ('\u25b8' if here else '') + name.replace('_', ' '), fontsize=6.6 if here else 7, va='center',
+            ax.text(i+.08 + .42*(j % 2), .69 - .135*(j//2), name.replace('_', ' '), fontsize=6.5, va='center',
                     weight='bold' if here else 'normal', color='#b35c00' if here else '#555555')
     show_fig(fig, f'The pipeline from data to prediction; this chapter is {topic}')
 
