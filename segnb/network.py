@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NORMS', 'ACTIVATIONS', 'NetworkError', 'InstanceNorm', 'ConvBlock', 'features_per_level', 'UNet', 'ResidualBlock',
            'ResidualUNet', 'initialize', 'build_unet', 'build_residual_unet', 'build_network', 'count_parameters',
-           'network_diagram', 'v1_key_map']
+           'network_diagram', 'v1_key_map', 'v1_residual_key_map']
 
 # %% ../nbs/50_network.ipynb #23bd8506
 import numpy as np
@@ -322,19 +322,48 @@ def network_diagram(
     return fig
 
 # %% ../nbs/50_network.ipynb #36f980e2
+_AFFINE = ('weight', 'bias')
+_NORM_TENSORS = {'instance': _AFFINE, 'group': _AFFINE, 'none': (), 'batch': (*_AFFINE, 'running_mean', 'running_var', 'num_batches_tracked')}
+
+# %% ../nbs/50_network.ipynb #22a0ef5c
 def v1_key_map(
-    n_pools:int, # Poolings of the network: one less than its levels
-)->dict:         # {tensor name of nnU-Net v1's Generic_UNet: our tensor name}
+    n_pools:int,           # Poolings of the network: one less than its levels
+    convs_per_block:int=2, # Convolutions of every stage
+    norm:str='instance',   # A name of `NORMS`
+)->dict:                   # {tensor name of nnU-Net v1's Generic_UNet: our tensor name}
     "Name the tensor of ours that each tensor of the original's state_dict becomes"
-    blocks = {}
-    for level in range(n_pools + 1):
-        for i in range(2):
-            old = f'conv_blocks_context.{level}.' + (f'{i}.blocks.0' if level == n_pools else f'blocks.{i}')
-            blocks[old] = f'encoder.{level}.{i}'
-    tensors = {}
+    blocks, tensors, last = {}, {}, convs_per_block - 1
+    nested = [f'1.blocks.0' if i == last else f'0.blocks.{i}' for i in range(convs_per_block)] # of all stages but the encoder's before the last
+    for i, inner in enumerate(nested):
+        for level in range(n_pools): blocks[f'conv_blocks_context.{level}.blocks.{i}'] = f'encoder.{level}.{i}'
+        blocks[f'conv_blocks_context.{n_pools}.{inner}'] = f'encoder.{n_pools}.{i}'
+        for level in range(n_pools): blocks[f'conv_blocks_localization.{n_pools - 1 - level}.{inner}'] = f'decoder.{level}.{i}'
     for level in range(n_pools):
         u = n_pools - 1 - level
-        for i in range(2): blocks[f'conv_blocks_localization.{u}.{i}.blocks.0'] = f'decoder.{level}.{i}'
         tensors |= {f'tu.{u}.weight': f'up.{level}.weight', f'seg_outputs.{u}.weight': f'heads.{level}.weight'}
-    return tensors | {f'{old}.{a}.{t}': f'{new}.{b}.{t}' for old, new in blocks.items()
-                      for a, b in (('conv', 'conv'), ('instnorm', 'norm')) for t in ('weight', 'bias')}
+    kinds = [('conv', 'conv', t) for t in _AFFINE] + [('instnorm', 'norm', t) for t in _NORM_TENSORS[norm]]
+    return tensors | {f'{old}.{a}.{t}': f'{new}.{b}.{t}' for old, new in blocks.items() for a, b, t in kinds}
+
+# %% ../nbs/50_network.ipynb #d656ecb7
+def v1_residual_key_map(
+    configuration,               # Object with `pool_op_kernel_sizes` and the blocks per stage
+    residual_decoder:bool=False, # The decoder has residual blocks too
+    norm:str='instance',         # A name of `NORMS`
+)->dict:                         # {tensor name of nnU-Net v1's FabiansUNet or ResidualUNet: our tensor name}
+    "Name the tensor of ours that each tensor of the original's state_dict becomes; the original names some of them twice"
+    pools, units, heads = len(configuration.pool_op_kernel_sizes), [('encoder.initial_conv', 'encoder.initial_norm', 'encoder.0.0')], {}
+    def block(old, new, skip):
+        units.extend((f'{old}.conv{i}', f'{old}.norm{i}', f'{new}.{part}') for i, part in ((1, 'first'), (2, 'second')))
+        if skip: units.append((f'{old}.downsample_skip.0', f'{old}.downsample_skip.1', f'{new}.skip'))
+    for level, n in enumerate(configuration.blocks_per_stage_encoder):
+        for i in range(n): block(f'encoder.stages.{level}.convs.{i}', f'encoder.{level}.{i + (level == 0)}', skip=level and not i)
+    for u, n in enumerate(configuration.blocks_per_stage_decoder):
+        level = pools - 1 - u
+        for i in range(n):
+            old, new = f'decoder.stages.{u}.convs.{i}', f'decoder.{level}.{i}'
+            if residual_decoder: block(old, new, skip=not i)
+            else: units.extend([(f'{old}.conv', f'{old}.norm', new), (f'{old}.all.0', f'{old}.all.2', new)])
+        head = f'decoder.deep_supervision_outputs.{u}' if level else 'decoder.segmentation_output'
+        heads |= {f'decoder.tus.{u}.weight': f'up.{level}.weight', **{f'{head}.{t}': f'heads.{level}.{t}' for t in _AFFINE}}
+    tensors = {f'{conv}.weight': f'{new}.conv.weight' for conv, _, new in units}
+    return heads | tensors | {f'{old}.{t}': f'{new}.norm.{t}' for _, old, new in units for t in _NORM_TENSORS[norm]}
