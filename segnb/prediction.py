@@ -15,7 +15,7 @@ from .dataset import find_cases
 from .export import probabilities_to_original_grid, save_label_map, to_original_grid
 from .image import SegnbError, read_image
 from .labels import Labels
-from .network import build_unet
+from .network import build_network
 from .planning import Plans
 from .preprocessing import preprocess_case
 from .sliding_window import predict_sliding_window
@@ -49,18 +49,18 @@ class Predictor:
         device:str='auto',       # 'auto', 'cpu', 'cuda', 'mps'
         step_size:float=.5,      # Largest step of the window as a fraction of the patch
         mirror:bool=True,        # Average over mirrored copies
-        precision:str='auto',    # 'fp32', 'fp16', 'bf16'; auto: fp16 on CUDA, else fp32
+        precision:str='auto',    # 'fp32', 'fp16', 'bf16'; auto: fp32 on a CPU, else what training chooses
         progress:bool=False,     # Show a bar for the windows of a case
     ):
         self.device = choose_device(device)
         self.networks = [n.to(self.device).eval() for n in networks]
         self.plans, self.configuration, self.labels = plans, plans.configuration(configuration), labels
-        dtype = choose_precision(precision, self.device)
+        dtype = choose_precision('fp32' if precision == 'auto' and self.device.type == 'cpu' else precision, self.device)
         self.precision = {None: 'fp32', torch.float16: 'fp16', torch.bfloat16: 'bf16'}[dtype]
         if not 0 < step_size <= 1:
             raise PredictionError('step_size cannot be used', found=step_size, expected='above 0, at most 1 (0.5 is usual)')
         self.step_size, self.progress = step_size, progress
-        self.mirror_axes = (0, 1, 2) if mirror else ()
+        self.mirror_axes = tuple(range(self.configuration.dimensions)) if mirror else ()
 
 # %% ../nbs/64_prediction.ipynb #093eea1b
 @patch(cls_method=True)
@@ -78,7 +78,8 @@ def from_folder(cls:Predictor,
     networks = []
     for file in _folds(model, folds, checkpoint):
         state = load_checkpoint(file, plans)
-        network = build_unet(plans.configuration(state['configuration']), len(plans.channels), labels.n_outputs, deep_supervision=False)
+        name = state['configuration']
+        network = build_network(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, deep_supervision=False)
         network.load_state_dict(state['network'])
         networks.append(network)
     return cls(networks, plans, state['configuration'], labels, device, **options)
@@ -86,13 +87,18 @@ def from_folder(cls:Predictor,
 # %% ../nbs/64_prediction.ipynb #08dcc18a
 @patch
 def predict_preprocessed(self:Predictor,
-    data:np.ndarray, # (C, Z, Y, X) float32 from `preprocess_case`
-)->np.ndarray:       # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
-    "Average the networks' sliding-window probabilities"
+    data:np.ndarray,          # (C, Z, Y, X) float32 from `preprocess_case`
+    previous:np.ndarray=None, # (Z, Y, X) label map of the stage before, class indices; needed by a cascade's second stage
+)->np.ndarray:                # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
+    "Average the networks' sliding-window probabilities; raises `PredictionError`"
+    if self.configuration.previous_stage:
+        if previous is None: raise PredictionError('the second stage of a cascade needs the label map of the first', expected=f'a prediction of {self.configuration.previous_stage}')
+        data = np.concatenate([data, [previous == label for label in self.labels.foreground]], dtype=np.float32)
     total = None
     for network in self.networks:
         one = predict_sliding_window(network, data, self.configuration.patch_size, self.labels.n_outputs, step_size=self.step_size,
-                                     mirror_axes=self.mirror_axes, device=self.device, precision=self.precision, progress=self.progress)
+                                     mirror_axes=self.mirror_axes, device=self.device, precision=self.precision,
+                                     progress=self.progress, regions=bool(self.labels.regions))
         total = one if total is None else np.add(total, one, out=total)
     return total if len(self.networks) == 1 else np.divide(total, len(self.networks), out=total)
 
@@ -118,7 +124,7 @@ def predict(self:Predictor,
     data, _, properties = preprocess_case(np.asarray(array, np.float32), None, tuple(spacing), self.plans, self.configuration.name)
     probabilities = self.predict_preprocessed(data)
     labels = to_original_grid(probabilities, properties, self.labels)
-    return (labels, probabilities_to_original_grid(probabilities, properties)) if return_probabilities else labels
+    return (labels, probabilities_to_original_grid(probabilities, properties, bool(self.labels.regions))) if return_probabilities else labels
 
 # %% ../nbs/64_prediction.ipynb #be46197a
 @patch
