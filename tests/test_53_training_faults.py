@@ -8,7 +8,9 @@ import torch
 
 from segnb.planning import Plans
 from segnb.preprocessing import class_locations, save_preprocessed
-from segnb.training import CheckpointError, PatchDice, TimeBudget, Trainer, TrainingError, fold_lock, load_checkpoint, moving_average, training_step
+from segnb.batches import BatchError
+from segnb.checkpoints import CheckpointError, fold_lock, load_checkpoint
+from segnb.training import PatchDice, TimeBudget, Trainer, TrainingError, moving_average, training_step
 
 torch.set_num_threads(1)
 SMALL = dict(iterations=3, val_iterations=1, n_workers=0, progress=False, device='cpu')
@@ -108,16 +110,10 @@ def test_a_damaged_latest_checkpoint_is_passed_over(task, straight, tmp_path):
     with pytest.raises(CheckpointError, match='damaged'): load_checkpoint(latest)
     again = Trainer(task, tmp_path/'m', epochs=3, **SMALL)
     again.resume()
-    assert same(straight, again), 'the previous epoch was used'
+    assert same(straight, again), 'the newest whole one was used'
     log = (tmp_path/'m'/'fold_0'/'log.txt').read_text()
-    assert 'passed over' in log and 'checkpoint_previous.pt after epoch 1' in log
-
-
-def test_a_flipped_bit_is_found(straight, tmp_path):
-    data = bytearray((straight.folder/'checkpoint_final.pt').read_bytes())
-    data[len(data)//2] ^= 16
-    (tmp_path/'flipped.pt').write_bytes(data)
-    with pytest.raises(CheckpointError, match='damaged'): load_checkpoint(tmp_path/'flipped.pt')
+    assert 'passed over' in log and 'resuming from checkpoint_best.pt after epoch 2' in log
+    load_checkpoint(tmp_path/'m'/'fold_0'/'checkpoint_latest.pt')
 
 
 def test_nothing_that_can_be_read(task, tmp_path):
@@ -125,16 +121,6 @@ def test_nothing_that_can_be_read(task, tmp_path):
     for file in (tmp_path/'m'/'fold_0').glob('*.pt'): file.write_bytes(b'')
     with pytest.raises(CheckpointError, match='no checkpoint can be read.*overwrite=True'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
     with pytest.raises(CheckpointError, match='nothing to resume'): Trainer(task, tmp_path/'empty', epochs=3, **SMALL).resume()
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self): return os.mkdir, (str(tmp_path/'owned'),)
-    torch.save({'format': 'segnb checkpoint 1', 'x': Evil()}, tmp_path/'evil.pt')
-    with pytest.raises(CheckpointError, match='cannot|safely'): load_checkpoint(tmp_path/'evil.pt')
-    torch.save({'weights': torch.zeros(1)}, tmp_path/'other.pt')
-    with pytest.raises(CheckpointError, match='not a segnb checkpoint'): load_checkpoint(tmp_path/'other.pt')
-    assert not (tmp_path/'owned').exists()
 
 
 def test_a_checkpoint_of_another_plan(task, straight, tmp_path):
@@ -160,13 +146,7 @@ def test_an_earlier_training_is_not_overwritten_by_accident(task, tmp_path):
 def test_two_trainings_in_one_folder(task, tmp_path):
     (tmp_path/'m'/'fold_0').mkdir(parents=True)
     with fold_lock(tmp_path/'m'/'fold_0'):
-        with pytest.raises(TrainingError, match=f'another training.*process {os.getpid()}'): Trainer(task, tmp_path/'m', epochs=1, **SMALL).fit()
-    dead = subprocess.run([sys.executable, '-c', 'import os, psutil, socket; print(socket.gethostname(), os.getpid(), psutil.Process().create_time())'], capture_output=True, text=True).stdout
-    (tmp_path/'m'/'fold_0'/'training.lock').write_text(dead)
-    with fold_lock(tmp_path/'m'/'fold_0'): pass
-    (tmp_path/'m'/'fold_0'/'training.lock').write_text(f'elsewhere {os.getpid()} 0')
-    with pytest.raises(TrainingError, match='on elsewhere'):
-        with fold_lock(tmp_path/'m'/'fold_0'): pass
+        with pytest.raises(CheckpointError, match=f'another training.*process {os.getpid()}'): Trainer(task, tmp_path/'m', epochs=1, **SMALL).fit()
 
 
 def test_nan_in_the_data_names_the_case(tmp_path):
@@ -175,7 +155,8 @@ def test_nan_in_the_data_names_the_case(tmp_path):
     data = np.load(sick)
     np.save(sick, data * np.nan)
     trainer = Trainer(task, tmp_path/'m', fold='all', epochs=5, **SMALL)
-    with pytest.raises(TrainingError, match='loss is nan.*the input of c1 holds NaN'): trainer.fit()
+    with pytest.raises(BatchError, match='c1.*no finite numbers.*repair the image') as told: trainer.fit()
+    assert told.value.case == 'c1' and told.value.key[:3] == (0, 'train', 0)
     assert all(torch.isfinite(w).all() for w in weights(trainer)), 'the weights were not touched'
 
 
@@ -204,7 +185,7 @@ def test_a_full_disk(task, tmp_path, monkeypatch):
         Path(file).write_bytes(b'half')
         raise RuntimeError('[enforce fail at inline_container.cc:603] . unexpected pos 64 vs 0')
     monkeypatch.setattr(torch, 'save', full)
-    with pytest.raises(TrainingError, match='could not be written, earlier ones are untouched'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
+    with pytest.raises(CheckpointError, match='could not be written, earlier ones are untouched'): Trainer(task, tmp_path/'m', epochs=3, **SMALL).resume()
     assert (tmp_path/'m'/'fold_0'/'checkpoint_latest.pt').read_bytes() == before
     assert not [p for p in (tmp_path/'m'/'fold_0').iterdir() if p.name.startswith('.')]
 
@@ -221,7 +202,7 @@ def test_a_log_that_cannot_be_written(task, tmp_path):
 
 
 @pytest.mark.parametrize('setting, problem', [(dict(epochs=0), 'epochs'), (dict(iterations=2.5), 'iterations'), (dict(initial_lr=-1), 'initial_lr'), (dict(momentum=1), 'momentum'),
-                                              (dict(minutes=0), 'minutes'), (dict(precision='half'), 'precision'), (dict(precision='fp16'), 'fp16 is of no use'), (dict(device='tpu'), 'device'),
+                                              (dict(minutes=0), 'minutes'), (dict(precision='half'), 'precision'), (dict(precision='fp16'), 'fp16'), (dict(device='tpu'), 'device'),
                                               (dict(configuration='2d'), '2d'), (dict(fold=-1), 'fold -1'), (dict(n_workers=-1), 'n_workers')])
 def test_settings_that_cannot_be_used(task, tmp_path, setting, problem):
     with pytest.raises(ValueError, match=problem): Trainer(task, tmp_path/'m', **SMALL | setting)
@@ -298,18 +279,6 @@ def test_averages_and_counts_without_a_value():
     before = network.weight.detach().clone()
     found = training_step(network, lambda x, y: x.sum() * float('nan'), optimizer, torch.ones(1, 1, 2, 2, 2), [])
     assert np.isnan(found) and torch.equal(network.weight, before)
-
-
-@pytest.mark.parametrize('change, message', [
-    ({'labels': {'background': 0, 'whole': [1, 2], 'core': 2}, 'regions_class_order': [1, 2]}, 'regions that overlap cannot be trained; found whole, core'),
-    ({'labels': {'background': 0, 'ball': 1, 'ignore': 2}}, 'an ignore label cannot be trained; found label 2')])
-def test_labels_that_cannot_be_trained_are_refused(task, tmp_path, change, message):
-    copy = tmp_path/'Balls'
-    shutil.copytree(task, copy)
-    description = json.loads((copy/'dataset.json').read_text())
-    (copy/'dataset.json').write_text(json.dumps({**description, **change}))
-    with pytest.raises(TrainingError, match=message): Trainer(copy, tmp_path/'model', epochs=1, **SMALL).fit()
-    assert not (tmp_path/'model').exists()
 
 
 def test_a_plan_that_gained_a_configuration_still_fits_its_models(task, straight, tmp_path):
