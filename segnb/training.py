@@ -27,7 +27,7 @@ from .labels import Labels
 from .loader import PatchLoader
 from .loss import DeepSupervisionLoss, deep_supervision_weights, make_loss
 from .network import build_network, count_parameters, initialize
-from .optimization import TrainingError, choose_device, choose_precision, make_optimizer, poly_lr, training_step
+from .optimization import Deterministic, TrainingError, choose_device, choose_precision, keep_memory, make_optimizer, make_schedule, poly_lr, set_learning_rate, training_step
 from .planning import Plans
 from .preprocessing import load_preprocessed
 from .splits import five_folds, load_splits, save_splits, split_for_fold
@@ -54,9 +54,9 @@ class TimeBudget:
         "Whether so many training steps and the end of the epoch still fit"
         return self.training_left >= steps * self.pace['step']
 
-    def lr(self, initial_lr):
-        "The poly schedule over the time that training steps may use"
-        return poly_lr(self.elapsed, max(self.elapsed + self.training_left, 1e-9), initial_lr)
+    def lr(self, initial_lr, schedule=poly_lr):
+        "A schedule over the time that training steps may use"
+        return schedule(self.elapsed, max(self.elapsed + self.training_left, 1e-9), initial_lr)
 
 # %% ../nbs/53_training.ipynb #42380cc1
 class PatchDice:
@@ -153,9 +153,9 @@ class Trainer:
     initial_lr:float = 0.01            # The schedule starts here
     weight_decay:float = 3e-5          # On every parameter
     momentum:float = 0.99              # Nesterov
-    optimizer:object = 'sgd'           # Name, or a function (network, lr, momentum, weight_decay) -> torch optimiser
-    schedule:object = 'poly'           # Name, or a function (epoch, epochs, initial_lr) -> learning rate
-    warmup:int = 0                     # Epochs in which the rate rises from 0 to the schedule's
+    optimizer:object = 'sgd'           # 'sgd', 'adam', 'adamw', or a function (parameters, lr=...) -> torch optimiser
+    schedule:object = 'poly'           # A name of `segnb.optimization.SCHEDULES`, or a function (epoch, epochs, initial_lr) -> learning rate
+    warmup:float = 0                   # Epochs in which the rate rises first; below 1: fraction of the run
     patience:int = None                # Stop after so many epochs without a new best moving average; None: never
     seed:int = 0                       # Of the initial weights and of every batch
     deterministic:bool = False         # Only algorithms that give the same bits each time, also on a GPU; slower
@@ -213,7 +213,7 @@ SETTINGS = ('epochs', 'minutes', 'iterations', 'val_iterations', 'initial_lr', '
 
 def _check_settings(t):
     "Refuse settings that no training can be made with"
-    for name, low in (('epochs', 1), ('iterations', 1), ('val_iterations', 1), ('n_workers', 0), ('warmup', 0), ('patience', 1)):
+    for name, low in (('epochs', 1), ('iterations', 1), ('val_iterations', 1), ('n_workers', 0), ('patience', 1)):
         value = getattr(t, name)
         if name in ('n_workers', 'patience') and value is None: continue
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
@@ -223,6 +223,7 @@ def _check_settings(t):
         if name == 'minutes' and value is None: continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value < high or value == 0 and name in ('initial_lr', 'minutes', 'momentum'):
             raise TrainingError(f'{name} cannot be used', found=repr(value), expected=f'a number above {low}' + (f' and below {high:g}' if high < math.inf else ''))
+    if t.minutes is not None and t.warmup >= 1: raise TrainingError('warmup counts epochs, and this run counts minutes', found=t.warmup, expected='a fraction of the run, below 1')
     strange = [c for c in t.callbacks if not callable(c) and not _follows(c)]
     if strange: raise TrainingError('this is no callback', found=repr(strange[0]), expected=f"a function (trainer, row), or an object with one of {', '.join(EVENTS)}")
 
@@ -292,17 +293,13 @@ def _reset(t):
         t.net = t.network(t.plan, t.plans.n_inputs(t.configuration), t.labels.n_outputs, deep_supervision=True, **options).to(t.torch_device)
     copy_weights(t.net)
     t.forward = torch.compile(t.net) if t.compile else t.net
-    t.optimizer = _optimizer(t)
+    t.optimizer = make_optimizer(t.net, t.initial_lr, t.momentum, t.weight_decay, t.optimizer_name)
+    t.rate = make_schedule(t.schedule, t.warmup)
     t.scaler = torch.amp.GradScaler('cuda') if t.dtype == torch.float16 and t.torch_device.type == 'cuda' else None
     t.criterion = _criterion(t)
     t.epoch, t.history, t.moving, t.best, t.stopped = 0, [], None, None, None
     t.clock = _budget(t)
     t.saved, t.drawn, t.saved_epoch = (-math.inf, 0.), (-math.inf, 0.), None # (when, seconds it took)
-
-def _optimizer(t):
-    "The optimiser that the setting names or makes"
-    if callable(t.optimizer_name): return t.optimizer_name(t.net, lr=t.initial_lr, momentum=t.momentum, weight_decay=t.weight_decay)
-    return make_optimizer(t.net, t.initial_lr, t.momentum, t.weight_decay)
 
 def _criterion(t):
     "The loss over all resolutions; its sums run over all processes"
@@ -357,7 +354,7 @@ def _state(t):
             'train_cases': t.train_cases, 'val_cases': t.val_cases,
             'network': {k: v.detach().cpu() for k, v in t.net.state_dict().items()}, 'optimizer': t.optimizer.state_dict(),
             'scaler': t.scaler and t.scaler.state_dict(), 'history': t.history, 'moving_dice': t.moving, 'best_dice': t.best, 'stopped': t.stopped,
-            'callbacks': _states(t), 'elapsed': t.clock.elapsed, 'pace': t.clock.pace}
+            'schedule': t.rate.state_dict() if hasattr(t.rate, 'state_dict') else None, 'callbacks': _states(t), 'elapsed': t.clock.elapsed, 'pace': t.clock.pace}
 
 def _settings(t):
     "The settings as JSON has them; functions by their names"
@@ -378,6 +375,7 @@ def _restore(t, state):
         if state['settings'].get(key) != getattr(t, key):
             for group in t.optimizer.param_groups: group |= {key: getattr(t, key)} if key in group else {}
     if t.scaler and state['scaler']: t.scaler.load_state_dict(state['scaler'])
+    if state.get('schedule') and hasattr(t.rate, 'load_state_dict'): t.rate.load_state_dict(state['schedule'])
     t.epoch, t.history, t.moving, t.best = state['epoch'], list(state['history']), state['moving_dice'], state['best_dice']
     longer = state['settings'].get('epochs') != t.epochs or state['settings'].get('patience') != t.patience
     t.stopped = None if longer else state.get('stopped')
@@ -452,7 +450,9 @@ def _run(t):
     elif _finished(t): _say(t, f'finished after epoch {t.epoch}')
     _warn(t)
     with contextlib.ExitStack() as stack:
-        if t.torch_device.type == 'cuda' and not t.deterministic: stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+        if t.deterministic: stack.enter_context(Deterministic(t.seed))
+        elif t.torch_device.type == 'cuda': stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True))
+        if t.torch_device.type == 'cpu' and keep_memory(): stack.callback(keep_memory, False)
         for stream in (t.train_stream, t.val_stream): stack.enter_context(stream)
         t.clock = _budget(t, elapsed=t.history[-1]['elapsed'] if t.history else 0., pace=t.clock.pace)
         _tell(t, 'on_start')
@@ -474,8 +474,8 @@ def _warn(t):
 # %% ../nbs/53_training.ipynb #c7850b3f
 def _set_lr(t):
     "Give the optimiser the learning rate of this moment"
-    lr = poly_lr(t.epoch, t.epochs, t.initial_lr) if t.minutes is None else t.clock.lr(t.initial_lr)
-    for group in t.optimizer.param_groups: group['lr'] = lr
+    lr = t.rate(t.epoch, t.epochs, t.initial_lr) if t.minutes is None else t.clock.lr(t.initial_lr, t.rate)
+    set_learning_rate(t.optimizer, lr)
     return lr
 
 @contextlib.contextmanager
@@ -497,6 +497,7 @@ def _epoch(t):
         val_losses, dice = _validate(t, bar)
     row = _note(t, dict(epoch=t.epoch, lr=lr, train_loss=sum(losses)/len(losses), val_loss=_or_none(sum(val_losses)/len(val_losses))), dice)
     row |= {'iterations': len(losses), 'seconds': t.clock.elapsed - began, 'elapsed': t.clock.elapsed}
+    if hasattr(t.rate, 'update'): t.rate.update(row['train_loss'])
     _rescue(t, dice.mean())
     t.history.append(row)
     t.epoch += 1
@@ -568,8 +569,7 @@ def _train(t, bar):
     for batch in t.train_stream.epoch(t.epoch):
         if t.minutes is not None:
             if not from_main(not losses or clock.has_room()): break
-            lr = from_main(_set_lr(t))
-            for group in t.optimizer.param_groups: group['lr'] = lr
+            set_learning_rate(t.optimizer, from_main(_set_lr(t)))
         t.iteration = len(losses)
         losses.append(t.step(batch))
         _tell(t, 'on_batch', batch, losses[-1])
