@@ -128,8 +128,8 @@ def make_batches(
     targets = _targets(plans, configuration, labels)
     transforms = training_transforms(p, patch, targets.pop('scales'), plans.use_mask_for_norm)
     def stream(cases, loaded, transforms, n, workers, stage):
-        loader = PatchLoader(cases, loaded, patch, size, oversample)
-        return BatchStream(loader, transforms, seed, n, workers, stage, pin_memory=torch.device(device).type == 'cuda')
+        loader = PatchLoader(cases, loaded, patch, size, oversample, sampling=sampling, previous=bool(configuration.previous_stage), highest_label=max(labels.values) if labels else None)
+        return BatchStream(loader, transforms, seed, n, workers, stage, pin_memory=torch.device(device).type == 'cuda', positions=positions)
     return (stream(train, p.loaded_patch_size(patch), transforms, iterations, n_workers, 'train'),
             stream(val, patch, validation_transforms(_targets(plans, configuration, labels)['scales']), val_iterations, min(n_workers, 1), 'val'))
 
