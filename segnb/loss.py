@@ -42,7 +42,7 @@ def _check_target(
     if _on_cpu(classes): # on a GPU looking would mean waiting; there the indexing kernel objects
         low, high = (float(v) for v in (target if ignore is None else classes).aminmax())
         if not 0 <= low <= high < n + (ignore is not None): # false for nan too
-            raise LossError('the target holds a label that the network has no output for', found=high if 0 <= low else low,
+            raise LossError('the target holds a label that the network has no output for', found=f'{high if 0 <= low else low:g}',
                             expected=f'0 to {n - 1}' + (f', or {ignore} (ignored)' if ignore is not None else ''),
                             fix='check the label map against dataset.json')
     return classes
@@ -216,7 +216,7 @@ def region_terms(
     if _on_cpu(target) and target.dtype != torch.bool:
         low, high = (float(v) for v in target.aminmax())
         if not 0 <= low <= high <= 1:
-            raise LossError('masks of regions hold 0 and 1', found=high if 0 <= low else low,
+            raise LossError('masks of regions hold 0 and 1', found=f'{high if 0 <= low else low:g}',
                             fix='turn the label map into one mask per region with Labels.masks')
     masks, judged = (target[:, :-1], 1 - target[:, -1].float()) if ignoring else (target, None)
     surprise, *sums, squares = _SigmoidTerms.apply(logits, masks, judged, energy, dtype)

@@ -271,3 +271,27 @@ def test_a_loss_of_ones_own():
     value, grad = value_and_gradient(SumLoss(Mine(), SoftDiceLoss(), weights=(1, 2)), torch.randn(1, 2, 4, 4), torch.zeros(1, 1, 4, 4))
     assert np.isfinite(value) and grad.any()
     with pytest.raises(NotImplementedError, match='SegmentationLoss needs a method score'): SegmentationLoss()(torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 2, 2))
+
+V2 = recorded('51_loss_v2.npz')
+
+@pytest.mark.parametrize('key', [k[:-6] for k in V2 if k.endswith('/value') and 'topk' not in k and '/bce' not in k])
+def test_nnunet_v2(key):
+    "nnU-Net v2 clips the denominator; its ignored voxels and ours count nowhere"
+    name, kind, b = *key.split('/')[0:1], key.split('/')[1][:-1], key[-1] == '1'
+    target = torch.as_tensor(ARRAYS[f'{name}/target'])
+    if name.startswith('regions'):
+        target = torch.cat([target, (torch.arange(target.shape[-1]) == 0).float().expand_as(target[:, :1])], 1)
+        loss = SoftDiceLoss(b, clip=True, regions=True, ignore=4)
+    else: loss = DiceCELoss(b, clip=True, ignore=3 if 'ignored' in name else None)
+    value, grad = value_and_gradient(loss, ARRAYS[f'{name}/logits'], target)
+    assert relative(value, V2[f'{key}/value']) <= 1e-5 and relative(grad, V2[f'{key}/gradient']) <= 1e-5
+
+def test_where_nnunet_v2_counts_differently():
+    "Its cross-entropy of regions is a sum over regions once voxels are ignored; its hardest voxels are a share of all voxels, ignored too"
+    for name in ('regions', 'regions_slices'):
+        target = torch.as_tensor(ARRAYS[f'{name}/target'])
+        target = torch.cat([target, (torch.arange(target.shape[-1]) == 0).float().expand_as(target[:, :1])], 1)
+        value, _ = value_and_gradient(RobustCrossEntropy(regions=True, ignore=4), ARRAYS[f'{name}/logits'], target)
+        assert relative(3*value, V2[f'{name}/bce0/value']) <= 1e-5
+    value, _ = value_and_gradient(LOSSES['dice_topk'](ignore=3), ARRAYS['ignored/logits'], ARRAYS['ignored/target'])
+    assert value > V2['ignored/dice_topk0/value'] + .1
