@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DistributedError', 'share_batch', 'World', 'start_world', 'close_world', 'all_sum', 'all_gather', 'from_main',
-           'only_main', 'wait_for_all', 'sum_gradients', 'copy_weights', 'check_weights', 'launch']
+           'sum_gradients', 'copy_weights', 'check_weights', 'only_main', 'wait_for_all', 'launch']
 
 # %% ../nbs/46_distributed.ipynb #033a8a4a
 import contextlib, functools, hashlib, multiprocessing, multiprocessing.connection, os, re, signal, threading, time, traceback
@@ -56,12 +56,12 @@ class World:
 
     def __exit__(self, kind, error, tb): close_world(error)
 
-# %% ../nbs/46_distributed.ipynb #31ac5bb1
+# %% ../nbs/46_distributed.ipynb #798fee7c
 _world = World() # the one that this process belongs to
+_met = []        # (store, rank, size) of the meeting place, once; then one entry more for each world that was started there
 
-def _own_device(device, local, together):
+def _own_device(device, local):
     "The device of the process with this number on its machine"
-    if not together: return device
     if device == 'auto': device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if device == 'cpu': return device
     if device != 'cuda': raise DistributedError('several processes need a device each', found=device, expected="'auto', 'cuda' or 'cpu'")
@@ -69,38 +69,41 @@ def _own_device(device, local, together):
         raise DistributedError('there are more processes than GPUs', found=f'process {local} of this machine, {torch.cuda.device_count()} GPUs', fix='start one process a GPU (--nproc_per_node)')
     return f'cuda:{local}'
 
-# %% ../nbs/46_distributed.ipynb #798fee7c
+# %% ../nbs/46_distributed.ipynb #1b482c34
 def start_world(
     device:str='auto',  # 'auto', 'cpu', 'cuda'; for one process also 'cuda:1', 'mps'
     timeout:float=1800, # Longest wait for the other processes within one step, s
 )->World:               # Use it in a `with`, so that an error here ends the others
     "Join the processes that `torchrun` or `launch` started; without them, be one alone; raises `DistributedError`"
     global _world
-    size = int(os.environ.get('WORLD_SIZE', 1))
-    if size == 1 or dist.is_initialized(): return _world if dist.is_initialized() else World(device=device)
-    device, wait = _own_device(device, int(os.environ.get('LOCAL_RANK', 0)), True), timedelta(seconds=timeout)
+    if _world.size > 1: return _world # already in one
+    if os.environ.get('WORLD_SIZE', '1') == '1': return World(device=device)
+    device, wait = _own_device(device, int(os.environ.get('LOCAL_RANK', 0))), timedelta(seconds=timeout)
     if device.startswith('cuda'): torch.cuda.set_device(device)
     try:
-        store, rank, size = next(dist.rendezvous('env://', timeout=wait))
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo', store=dist.PrefixStore('group', store), rank=rank, world_size=size, timeout=wait)
+        _met.append(_met[0] if _met else next(dist.rendezvous('env://', timeout=wait)))
+        (meeting, rank, size), nth = _met[0], len(_met)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo', store=dist.PrefixStore(f'group {nth}', meeting), rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise DistributedError('the processes do not find each other', found=str(error).splitlines()[0], fix='start them with torchrun --nproc_per_node N') from error
-    _world = World(rank, size, device, dist.PrefixStore('segnb', store))
+    _world = World(rank, size, device, dist.PrefixStore(f'world {nth}', meeting))
     return _world
 
-# %% ../nbs/46_distributed.ipynb #1b482c34
+# %% ../nbs/46_distributed.ipynb #64ca7d76
 def close_world(
     error=None, # What ended this process's work; None: it is done
 ):
     "Leave the other processes; what went wrong here is told to them"
     global _world
     world, _world = _world, World()
-    if not dist.is_initialized(): return
+    if world.size == 1: return
     if error is not None and not getattr(error, 'told', False):
         with contextlib.suppress(Exception): world.store.set('failed', f'process {world.rank}: {type(error).__name__}: {error}')
-    elif error is None: _wait(world, 'closed')
-    dist.destroy_process_group()
+    try:
+        if error is None: _wait(world, 'closed')
+    finally: dist.destroy_process_group()
 
+# %% ../nbs/46_distributed.ipynb #d9b65e94
 def _told(world, seconds=0.):
     "What a process left behind that failed, or None"
     end = time.monotonic() + seconds
@@ -121,7 +124,7 @@ def _together():
         failure.told = True
         raise failure from error
 
-# %% ../nbs/46_distributed.ipynb #6cdcd8cd
+# %% ../nbs/46_distributed.ipynb #21a2b7c9
 class _AllSum(torch.autograd.Function):
     "The sum over all processes; its gradient is the sum of their gradients"
     @staticmethod
@@ -137,72 +140,35 @@ def all_sum(
     tensor:torch.Tensor, # Of the same shape in every process
 )->torch.Tensor:         # The same in every process
     "Add a tensor over all processes, so that gradients flow back to each"
-    return _AllSum.apply(tensor) if dist.is_initialized() else tensor
+    return _AllSum.apply(tensor) if _world.size > 1 else tensor
 
-# %% ../nbs/46_distributed.ipynb #64ca7d76
+# %% ../nbs/46_distributed.ipynb #5643a066
 def all_gather(
     thing,  # Anything that can be pickled
 )->list:    # What each process gave, in order of rank
     "Show what every process has to all of them"
-    if not dist.is_initialized(): return [thing]
+    if _world.size == 1: return [thing]
     found = [None] * _world.size
     with _together(): dist.all_gather_object(found, thing)
     return found
 
+# %% ../nbs/46_distributed.ipynb #60e17840
 def from_main(
     thing,  # Anything that can be pickled; what other processes than the first give is not looked at
 ):          # What the first process gave
     "Let the first process decide"
-    if not dist.is_initialized(): return thing
+    if _world.size == 1: return thing
     box = [thing]
     with _together(): dist.broadcast_object_list(box, src=0)
     return box[0]
 
-# %% ../nbs/46_distributed.ipynb #d9b65e94
-def only_main(
-    function,  # Writes a file, looks at a folder, ...
-):             # A function for all processes to call; each gets what the first got
-    "Let the first process alone do something; its error is everyone's error"
-    @functools.wraps(function)
-    def alone(*args, **kwargs):
-        if not dist.is_initialized(): return function(*args, **kwargs)
-        result = error = None
-        if _world.main:
-            try: result = function(*args, **kwargs)
-            except Exception as e: error = e
-        result, text = from_main((result, error and f'process 0: {type(error).__name__}: {error}'))
-        if error: raise error
-        if text:
-            failure = DistributedError(text)
-            failure.told = True
-            raise failure
-        return result
-    return alone
-
-# %% ../nbs/46_distributed.ipynb #21a2b7c9
-def wait_for_all(
-    step:str, # A name for what was done, new each time
-):
-    "Wait, however long it takes, until every process has come here; raises `DistributedError` when one has failed"
-    if dist.is_initialized(): _wait(_world, step)
-
-def _wait(world, step, every=.02):
-    with contextlib.suppress(dist.DistNetworkError if step == 'closed' else ()): # whoever keeps the store may go first
-        world.store.set(f'{step}/{world.rank}', '')
-        while not world.store.check([f'{step}/{k}' for k in range(world.size)]):
-            if told := _told(world):
-                failure = DistributedError(told)
-                failure.told = True
-                raise failure
-            time.sleep(every)
-
-# %% ../nbs/46_distributed.ipynb #b275c953
+# %% ../nbs/46_distributed.ipynb #6fb60c4a
 def sum_gradients(
     network,            # A torch module after `backward` of its share of the loss
     bucket_mb:float=32, # Gradients travel in parcels of about this size, MB
 ):
     "Give every process the sum of all gradients"
-    if not dist.is_initialized(): return
+    if _world.size == 1: return
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     _check_alike(gradients)
     parcels = [(part, torch.cat([g.reshape(-1) for g in part])) for part in _parcels(gradients, bucket_mb * 1e6)]
@@ -219,6 +185,7 @@ def _parcels(tensors, size):
         part.append(t)
     if part: yield part
 
+# %% ../nbs/46_distributed.ipynb #5b8865e0
 @functools.cache
 def _alike(signature):
     return len(set(all_gather(signature))) == 1
@@ -228,18 +195,19 @@ def _check_alike(gradients):
     if not _alike(str([tuple(g.shape) for g in gradients])):
         raise DistributedError('the processes train different networks', found=f'{len(gradients)} gradients in process {_world.rank}', fix='build the same network, and freeze the same parts, in every process')
 
-# %% ../nbs/46_distributed.ipynb #5643a066
+# %% ../nbs/46_distributed.ipynb #0b92a53b
 def copy_weights(
     network, # A torch module, built alike in every process
 ):
     "Give every process the weights and buffers of the first"
-    if not dist.is_initialized(): return
+    if _world.size == 1: return
     with torch.no_grad(), _together():
         for tensor in network.state_dict().values():
             flat = tensor.detach().contiguous()
             dist.broadcast(flat, src=0)
             tensor.copy_(flat)
 
+# %% ../nbs/46_distributed.ipynb #e16b7df3
 def check_weights(
     network, # A torch module
 ):
@@ -252,6 +220,44 @@ def _fingerprint(network):
     digest = hashlib.sha256()
     for tensor in network.state_dict().values(): digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+# %% ../nbs/46_distributed.ipynb #12c11890
+def only_main(
+    function,  # Writes a file, looks at a folder, ...
+):             # A function for all processes to call; each gets what the first got
+    "Let the first process alone do something; its error is everyone's error"
+    @functools.wraps(function)
+    def alone(*args, **kwargs):
+        if _world.size == 1: return function(*args, **kwargs)
+        result = error = None
+        if _world.main:
+            try: result = function(*args, **kwargs)
+            except Exception as e: error = e
+        result, text = from_main((result, error and f'process 0: {type(error).__name__}: {error}'))
+        if error: raise error
+        if text:
+            failure = DistributedError(text)
+            failure.told = True
+            raise failure
+        return result
+    return alone
+
+# %% ../nbs/46_distributed.ipynb #a9a517bd
+def wait_for_all(
+    step:str, # A name for what was done, new each time
+):
+    "Wait, however long it takes, until every process has come here; raises `DistributedError` when one has failed"
+    if _world.size > 1: _wait(_world, step)
+
+def _wait(world, step, every=.02):
+    with contextlib.suppress(dist.DistNetworkError if step == 'closed' else ()): # whoever keeps the store may go first
+        world.store.set(f'{step}/{world.rank}', '')
+        while not world.store.check([f'{step}/{k}' for k in range(world.size)]):
+            if told := _told(world):
+                failure = DistributedError(told)
+                failure.told = True
+                raise failure
+            time.sleep(every)
 
 # %% ../nbs/46_distributed.ipynb #35c85529
 def _leave_with_parent():
@@ -287,6 +293,7 @@ def launch(
         return _collect(crew, pipes)
     finally: _end(crew)
 
+# %% ../nbs/46_distributed.ipynb #750035f0
 def _collect(crew, pipes):
     "Results of all processes; raises DistributedError at the first failure"
     results = {}
