@@ -56,7 +56,7 @@ def enlarged_patch_size(
 class AugmentationError(SegnbError):
     "Say which augmentation parameter cannot be used, or which batch does not fit"
 
-# %% ../nbs/41_augmentation.ipynb #88d04131
+
 def _pair(default, meaning, source, low=0, high=np.inf, reach=-np.inf):
     "A range (low, high) with its bounds, and the texts of its row in the table"
     return field(default=default, metadata=dict(meaning=meaning, source=source, bounds=(low, high, reach)))
@@ -261,7 +261,7 @@ _HEAVY = dict(p_noise=.15, blur=(.5, 1.5), brightness=(.7, 1.3), contrast=(.65, 
               order=(*_ORDER[:3], *_ORDER[4:7], 'brightness_shift', 'gamma', 'mirror'))
 _FULL_TURN = {'rotation': ((-np.pi, np.pi),)} # in 2D, whatever the shape of the patch
 
-# %% ../nbs/41_augmentation.ipynb #59c2ca5f
+
 PRESETS = { # name: changes to the default table
     'default': {},
     'none': _NONE,
@@ -316,7 +316,9 @@ def find_mirror_axes(
             raise AugmentationError('no such axis to mirror', found=name, expected=f'one of {list(tables[0])}, or a number')
         if len({table[name] for table in tables}) > 1:
             raise AugmentationError(f'the axis {name} is not the same in all cases', fix='bring the cases to one orientation (segnb doctor)')
-    return tuple(sorted({tables[0][n] if isinstance(n, str) else int(n) for n in wanted}))
+    axes = {tables[0][n] if isinstance(n, str) else int(n) for n in wanted}
+    if not axes <= set(range(dimensions)): raise AugmentationError('no such axis to mirror', found=sorted(axes), expected=f'0 to {dimensions - 1}')
+    return tuple(sorted(axes))
 
 # %% ../nbs/41_augmentation.ipynb #cd77fa9c
 @dataclass(frozen=True)
@@ -573,7 +575,7 @@ def downsample_targets(
         out.append(new)
     return out
 
-# %% ../nbs/41_augmentation.ipynb #972ca718
+
 def _pick(x, axis, index):
     "Take these places of an axis"
     if isinstance(x, np.ndarray): return x.take(index, axis)
@@ -597,7 +599,7 @@ def make_target(
     else: target = labels*(labels > 0)
     return target if scales is None else downsample_targets(target, scales)
 
-# %% ../nbs/41_augmentation.ipynb #8675e5e6
+
 def _joined(parts, like):
     "Join along the channels, with the type of `like`"
     if isinstance(like, np.ndarray): return np.concatenate(parts, 1).astype(like.dtype)
@@ -618,7 +620,7 @@ def _grown(mask, size):
         cost = best
     return cost <= (size - 1)**2
 
-# %% ../nbs/41_augmentation.ipynb #c6528f03
+
 def reshape_mask(
     mask,         # Array of 0 and 1, two or three axes
     how:str,      # 'grow', 'shrink', 'open' (shrink, then grow) or 'close' (grow, then shrink)
@@ -635,7 +637,7 @@ def reshape_mask(
     out[box] = part
     return out
 
-# %% ../nbs/41_augmentation.ipynb #ddb4901d
+# %% ../nbs/41_augmentation.ipynb #87826a81
 def small_components(
     mask,         # Array of 0 and 1
     below:float,  # Share of the patch that a component must stay below
@@ -662,7 +664,7 @@ def apply_previous(
                 if len(small): mask[parts == small[int(which*len(small))]] = False
     return masks.astype(np.float32)
 
-# %% ../nbs/41_augmentation.ipynb #2fcb58db
+
 def _replace_mask(masks, i, new):
     "Give class i a new mask; voxels that it gains leave the other classes"
     gained = new & ~masks[i]
@@ -762,14 +764,14 @@ class MoveAndCrop(AbstractTransform):
                 else: parts[1][:] = _bent(warp_all, parts[0], matrix, plane, field)
         return {**batch, **new}
 
-# %% ../nbs/41_augmentation.ipynb #1024dca4
+
 def _bent(warp, arrays, matrix, shape, field):
     "Warp arrays along waves and a matrix"
     import torch
     matrix = np.eye(len(shape)) if matrix is None else matrix
     return warp(torch.from_numpy(np.ascontiguousarray(arrays, np.float32)), matrix, shape, field=field).numpy()
 
-# %% ../nbs/41_augmentation.ipynb #098ab359
+# %% ../nbs/41_augmentation.ipynb #1024dca4
 class _Mask(AbstractTransform):
     "Set channels that were normalised inside the mask back to 0 where the label is below 0"
     def __init__(self, channels): self.channels = np.array(channels, bool)
@@ -807,7 +809,7 @@ class _Previous(AbstractTransform):
             for sample in masks: damage(sample)
         return {**batch, 'data': np.concatenate([batch['data'], masks.astype(np.float32)], 1)}
 
-# %% ../nbs/41_augmentation.ipynb #f4453ffc
+
 class _Targets(AbstractTransform):
     "Make targets of the label maps"
     def __init__(self, scales, regions, ignore): self.scales, self.how = scales, dict(regions=regions, ignore=ignore)
