@@ -7,7 +7,7 @@ __all__ = ['DistributedError', 'share_batch', 'World', 'start_world', 'close_wor
            'sum_gradients', 'copy_weights', 'check_weights', 'only_main', 'wait_for_all', 'launch']
 
 # %% ../nbs/46_distributed.ipynb #033a8a4a
-import contextlib, functools, hashlib, multiprocessing, multiprocessing.connection, os, re, signal, threading, time, traceback
+import contextlib, functools, hashlib, itertools, multiprocessing, multiprocessing.connection, os, re, signal, threading, time, traceback
 from dataclasses import dataclass
 from datetime import timedelta
 import torch
@@ -244,10 +244,12 @@ def only_main(
 
 # %% ../nbs/46_distributed.ipynb #a9a517bd
 def wait_for_all(
-    step:str, # A name for what was done, new each time
+    step:str, # A name for what was done
 ):
     "Wait, however long it takes, until every process has come here; raises `DistributedError` when one has failed"
-    if _world.size > 1: _wait(_world, step)
+    if _world.size > 1: _wait(_world, f'{step} {next(_nth)}')
+
+_nth = itertools.count() # every process counts alike, so that a name may come again
 
 def _wait(world, step, every=.02):
     with contextlib.suppress(dist.DistNetworkError if step == 'closed' else ()): # whoever keeps the store may go first
