@@ -88,7 +88,8 @@ class _Checked:
         if f.name.startswith('p_'): return None if 0 <= value <= 1 else 'a probability, 0 to 1'
         if f.name == 'rotation':
             return next(filter(None, map(_bad_pair, value)), None if len(value) in (1, 3) else 'one range, or three')
-        if 'bounds' in f.metadata: return None if value is f.default is None else _bad_pair(value, *f.metadata['bounds'])
+        if value is f.default is None: return None
+        if 'bounds' in f.metadata: return _bad_pair(value, *f.metadata['bounds'])
         if f.name == 'mirror_axes':
             return None if set(value) <= {0, 1, 2} and len(set(value)) == len(value) else 'some of the axes 0, 1, 2'
         if f.name == 'order':
@@ -126,8 +127,9 @@ class _Table(_Checked):
             turns = [tuple(np.rad2deg(pair).tolist()) for pair in (value[:1] if self.dummy_2d else value)]
             shown = ', '.join(map(_shown, turns[:1] if len(set(turns)) == 1 else turns)) + ' degrees'
         else: shown = ', '.join(map(str, value)) if step == 'mirror' else _shown(value)
-        source = f.metadata['source'] if value == f.default and self._chance(step) == _AS_V1._chance(step) else 'plan or preset'
-        return step.replace('_', ' '), shown, f'{self._chance(step):g}', _shown(then), f.metadata['meaning'], source
+        known = value == f.default and self._chance(step) == _AS_V1._chance(step)
+        return (step.replace('_', ' '), shown, f'{self._chance(step):g}', _shown(then), f.metadata['meaning'],
+                f.metadata['source'] if known else 'plan or preset')
 
     def __str__(self):
         steps = self._steps()
@@ -222,7 +224,8 @@ class AugmentationParameters(_Extra):
         for name in changes:
             if name not in names:
                 near = get_close_matches(name, names, 1)
-                raise AugmentationError(f'there is no parameter {name}', fix=f'did you mean {near[0]}?' if near else f'names: {names}')
+                raise AugmentationError(f'there is no parameter {name}',
+                                        fix=f'did you mean {near[0]}?' if near else f'names: {names}')
         return dataclasses.replace(self, **changes)
 
     def without_mirroring(self):
@@ -290,10 +293,10 @@ def preset_parameters(
 
 # %% ../nbs/41_augmentation.ipynb #29ea64bf
 def anatomical_axes(
-    direction,                # 9 floats: column i is the world direction of file axis i (x, y, z), as in `Geometry`
+    direction,                   # 9 floats, as in `Geometry`
     transpose_forward=(0, 1, 2), # Order of axes in the plan
-    dimensions:int=3,         # 2: axes of a 2D patch, the plane of the last two
-)->dict:                      # {'left-right': axis of the patch, ...}; in 2D the axis across the slices is missing
+    dimensions:int=3,            # 2: axes of a 2D patch, the plane of the last two
+)->dict:                         # {'left-right': axis of the patch, ...}; in 2D without the axis across the slices
     "Name the axes of a patch by anatomy; an oblique axis gets the name it lies nearest to"
     matrix = np.abs(np.reshape(direction, (3, 3)))[:, ::-1] # columns: array axes z, y, x
     best = max(itertools.permutations(range(3)), key=lambda worlds: sum(matrix[w, a] for a, w in enumerate(worlds)))
@@ -310,21 +313,24 @@ def find_mirror_axes(
 )->tuple:                        # Axis numbers for `AugmentationParameters.mirror_axes`
     "Turn names of axes into numbers; refuses when the cases lie differently"
     named = [n for n in wanted if isinstance(n, str)]
-    tables = [anatomical_axes(d, transpose_forward, dimensions) for d in {tuple(np.round(d, 3)) for d in directions}] if named else [{}]
+    ways = {tuple(np.round(d, 3)) for d in directions} if named else ()
+    tables = [anatomical_axes(way, transpose_forward, dimensions) for way in ways] or [{}]
     for name in named:
         if any(name not in table for table in tables):
             raise AugmentationError('no such axis to mirror', found=name, expected=f'one of {list(tables[0])}, or a number')
         if len({table[name] for table in tables}) > 1:
-            raise AugmentationError(f'the axis {name} is not the same in all cases', fix='bring the cases to one orientation (segnb doctor)')
+            raise AugmentationError(f'the axis {name} is not the same in all cases',
+                                    fix='bring the cases to one orientation (segnb doctor)')
     axes = {tables[0][n] if isinstance(n, str) else int(n) for n in wanted}
-    if not axes <= set(range(dimensions)): raise AugmentationError('no such axis to mirror', found=sorted(axes), expected=f'0 to {dimensions - 1}')
+    if not axes <= set(range(dimensions)):
+        raise AugmentationError('no such axis to mirror', found=sorted(axes), expected=f'0 to {dimensions - 1}')
     return tuple(sorted(axes))
 
 # %% ../nbs/41_augmentation.ipynb #cd77fa9c
 @dataclass(frozen=True)
 class Draws:
-    "Hold what happens to one sample: steps in order, each with its numbers; lists hold one number per channel, None: left alone"
-    steps:tuple = () # (name, {number: value})
+    "Hold what happens to one sample, in order; print as a table"
+    steps:tuple = () # (name, {number: value}); a list holds one value per channel, None where the channel is left alone
 
     def __iter__(self): return iter(self.steps)
 
@@ -333,9 +339,12 @@ class Draws:
         return next((numbers for name, numbers in self.steps if name == step), None)
 
     def __str__(self):
-        def text(v): return ', '.join('-' if x is None else _shown(x) or str(x) for x in v) if isinstance(v, (list, tuple)) else _shown(v) or str(v)
-        rows = [f"| {name.replace('_', ' ')} | {'; '.join(f'{k} {text(v)}' for k, v in numbers.items())} |" for name, numbers in self.steps]
-        return '\n'.join(['| step | numbers, per channel or per axis |', '|---|---|', *(rows or ['| none | the middle of the loaded patch is copied |'])])
+        def text(v):
+            if isinstance(v, (list, tuple)): return ', '.join('-' if x is None else text(x) for x in v)
+            return _shown(v) or str(v)
+        rows = [(name.replace('_', ' '), '; '.join(f'{k} {text(v)}' for k, v in n.items())) for name, n in self.steps]
+        rows = [('step', 'numbers, per channel or per axis'), ('---', '---'), *(rows or [('none', 'the middle is copied')])]
+        return '\n'.join(f'| {name} | {numbers} |' for name, numbers in rows)
 
     def _repr_markdown_(self): return str(self)
 
@@ -450,11 +459,12 @@ def draw(
         names = names.split('|')
         steps += _draw_step(p, rng, names[int(rng.integers(len(names)))] if len(names) > 1 else names[0], n_channels, shape)
     if n_previous and rng.random() < p.p_reshape_previous:
-        how = [('grow', 'shrink', 'close', 'open')[i] for i in rng.integers(4, size=n_previous)]
-        steps.append(('reshape_previous', {'classes': tuple(rng.permutation(n_previous).tolist()), 'how': tuple(how),
-                                           'radius': tuple(rng.uniform(*p.reshape_previous, n_previous).tolist())}))
+        how = tuple(('grow', 'shrink', 'close', 'open')[i] for i in rng.integers(4, size=n_previous))
+        order, radius = rng.permutation(n_previous).tolist(), rng.uniform(*p.reshape_previous, n_previous).tolist()
+        steps.append(('reshape_previous', {'classes': tuple(order), 'how': how, 'radius': tuple(radius)}))
     if n_previous and rng.random() < p.p_remove_previous:
-        steps.append(('remove_previous', {'which': tuple(rng.random(n_previous).tolist()), 'below': p.remove_previous}))
+        which = rng.random(n_previous).tolist()
+        steps.append(('remove_previous', {'which': tuple(which), 'below': p.remove_previous}))
     return Draws(tuple(steps))
 
 # %% ../nbs/41_augmentation.ipynb #e8c1a7d5
@@ -500,8 +510,8 @@ def _move(draws, x, seg, shape, order, dummy_2d):
     field = None if waves is None else _waves(np.random.default_rng(waves['seed']).random, plane, waves)
     out = []
     for tensor, warp, o in ((x, T.warp_images, order), (seg, T.warp_label_maps, min(order, 1))):
-        flat = centre_crop(tensor, shape[:1] + tensor.shape[-2:]).flatten(0, 1) if dummy_2d else tensor # slices as channels
-        new = warp(flat, matrix, plane, o, field=field)
+        if dummy_2d: tensor = centre_crop(tensor, shape[:1] + tensor.shape[-2:])
+        new = warp(tensor.flatten(0, 1) if dummy_2d else tensor, matrix, plane, o, field=field) # slices as channels
         out.append(new.reshape(len(tensor), *shape))
     return out
 
@@ -509,6 +519,11 @@ def _move(draws, x, seg, shape, order, dummy_2d):
 def _hills(x, n):
     "One smooth hill per channel that has one"
     return [None if c is None else T.local_bump(x.shape[1:], c, w) for c, w in zip(n['centre'], n['width'])]
+
+
+def _blank(x, n):
+    boxes = [b or [] for b in n['boxes']]
+    return T.blank_rectangles(x, boxes, [[None]*len(b) for b in boxes])
 
 
 _APPLY = { # step: what it does to the image
@@ -522,7 +537,7 @@ _APPLY = { # step: what it does to the image
     'gamma_inverted': lambda x, n, flat: T.gamma(x, n['exponent'], invert=True),
     'gamma': lambda x, n, flat: T.gamma(x, n['exponent']),
     'median': lambda x, n, flat: T.median_filter(x, n['size']),
-    'rectangles': lambda x, n, flat: T.blank_rectangles(x, [b or [] for b in n['boxes']], [[None]*len(b or []) for b in n['boxes']]),
+    'rectangles': lambda x, n, flat: _blank(x, n),
     'gradient': lambda x, n, flat: T.brightness_gradient(x, _hills(x, n), n['height']),
     'local_gamma': lambda x, n, flat: T.local_gamma(x, _hills(x, n), n['exponent']),
     'sharpen': lambda x, n, flat: T.sharpen(x, n['strength'])}
@@ -632,8 +647,8 @@ def reshape_mask(
     if not len(places): return out
     box = tuple(slice(max(0, a - size), b + size + 1) for a, b in zip(places.min(0), places.max(0)))
     part = mask[box]
-    def shrunk(m): return ~_grown(~m[(slice(None, None, -1),)*m.ndim], size)[(slice(None, None, -1),)*m.ndim]
-    for step in {'grow': 'g', 'shrink': 's', 'open': 'sg', 'close': 'gs'}[how]: part = _grown(part, size) if step == 'g' else shrunk(part)
+    for grow in {'grow': [1], 'shrink': [0], 'open': [0, 1], 'close': [1, 0]}[how]:
+        part = _grown(part, size) if grow else np.flip(~_grown(np.flip(~part), size)) # the ball of an even size is turned round
     out[box] = part
     return out
 

@@ -17,12 +17,11 @@ import numpy as np
 
 SEED, MASKED = 41, [True, False]
 POOLS = {3: [[1, 2, 2], [2, 2, 2], [2, 2, 2]], 2: [[2, 2], [2, 2], [2, 1]]}
-PATCH = {'3d': (8, 12, 12), 'dummy_2d': (4, 16, 14)}
 KINDS = { # kind: (patch, dummy 2D, seeds, preset, cascade or regions)
-    '3d': ((8, 12, 12), False, 12, '', None), 'dummy_2d': ((4, 16, 14), True, 6, '', None), '2d': ((24, 20), False, 6, '', None),
-    '2d_long': ((32, 16), False, 3, '', None), 'regions': ((8, 12, 12), False, 2, '', 'regions'), 'cascade': ((8, 12, 12), False, 6, '', 'cascade'),
-    'DA2': ((8, 12, 12), False, 4, 'DA2', None), 'DA3': ((8, 12, 12), False, 4, 'DA3', None), 'insane': ((8, 12, 12), False, 4, 'insane', None),
-    'DA5': ((8, 12, 12), False, 6, 'DA5', None), 'DA5_2d': ((24, 24), False, 3, 'DA5', None), 'DA3_dummy': ((4, 14, 14), True, 3, 'DA3', None)}
+    '3d': ((8, 12, 12), False, 8, '', None), 'dummy_2d': ((4, 16, 14), True, 4, '', None), '2d': ((24, 20), False, 6, '', None),
+    '2d_long': ((32, 16), False, 3, '', None), 'regions': ((8, 12, 12), False, 2, '', 'regions'), 'cascade': ((8, 12, 12), False, 5, '', 'cascade'),
+    'DA2': ((8, 12, 12), False, 3, 'DA2', None), 'DA3': ((8, 12, 12), False, 4, 'DA3', None), 'insane': ((8, 12, 12), False, 4, 'insane', None),
+    'DA5': ((8, 12, 12), False, 4, 'DA5', None), 'DA5_2d': ((24, 24), False, 3, 'DA5', None), 'DA3_dummy': ((4, 14, 14), True, 2, 'DA3', None)}
 REGIONS, DRAWS = {'whole': (1, 2), 'core': (2,)}, 2000
 OUT = Path(__file__).resolve().parents[1]/'recorded'
 
@@ -138,8 +137,9 @@ def distributions(steps, data, seg, patch):
             b = t(data=(data if spatial else small)[None].copy(), seg=(seg if spatial else labels)[None].copy())
             rows.append(features(b['data'][0], b['seg'][0], small[0]))
         rows = np.array(rows)
-        out[step] = {'draws': n, 'mean': rows.mean(0).tolist(), 'sd': rows.std(0).tolist(),
-                     'quantiles': np.quantile(rows, np.arange(.05, .96, .05), axis=0).tolist()}
+        def short(x): return [[float(f'{v:.6g}') for v in row] for row in np.atleast_2d(x)]
+        out[step] = {'draws': n, 'mean': short(rows.mean(0))[0], 'sd': short(rows.std(0))[0],
+                     'quantiles': short(np.quantile(rows, np.arange(.05, .96, .05), axis=0))}
     return out
 
 
@@ -213,7 +213,6 @@ def main():
     steps = alone(chains)
     data, seg = loaded_batch(rng, (16, 16, 16))
     arrays |= {'one/data': data[0], 'one/seg': seg[0].astype(np.int8)}
-    spread = {}
     for t in steps.values():
         if hasattr(t, 'patch_size'): t.patch_size = (10, 10, 10)
     steps['transpose'].transpose_any_of_these = steps['quarter_turn'].axes = (0, 1, 2)
