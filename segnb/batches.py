@@ -123,6 +123,7 @@ def _serve(pipe, recipe):
     import torch
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, ConnectionError): # the parent is gone, or wants no more
+        if recipe is None: recipe = pickle.loads(pipe.recv_bytes())
         pipe.send(('ready',))
         while True:
             index = pipe.recv()
@@ -133,20 +134,34 @@ def _serve(pipe, recipe):
 # %% ../nbs/42_batches.ipynb #1e291acc
 class _Worker:
     "A process, the pipe to it, and the numbers of the batches it was asked for"
-    def __init__(self, context, recipe):
+    def __init__(self, context, recipe, parcel):
         self.asked, self.ready = collections.deque(), False
         with _starting, _signals_wait(context.get_start_method()):
             self.pipe, end = context.Pipe()
-            self.process = context.Process(target=_serve, args=(end, recipe), daemon=True)
-            try: self.process.start()
-            finally: end.close()
+            self.process = context.Process(target=_serve, args=(end, None if parcel else recipe), daemon=True)
+            self.process.start()
+            end.close()
+        if parcel:
+            with contextlib.suppress(OSError): self.pipe.send_bytes(parcel)
 
 
+def _parcel(recipe, method):
+    "The recipe as bytes for a new process; None for a fork, which has it"
+    if method == 'fork': return
+    try: return pickle.dumps(recipe)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise BatchError(f'loader and transforms cannot be sent to a worker: {error}; define them at the top level of a module, '
+                         'or use n_workers=0') from error
+
+
+
+# %% ../nbs/42_batches.ipynb #58f956b8
 class _Crew:
     "Workers, the batches they have ready, and a thread that receives them"
     def __init__(self, recipe, n_workers, method, pin):
         self.recipe, self.n_workers, self.pin = recipe, n_workers, pin
         self.context, self.change = multiprocessing.get_context(method), threading.Condition()
+        self.parcel = _parcel(recipe, self.context.get_start_method())
         self.workers, self.dead, self.ready, self.deaths = [], [], {}, collections.Counter()
         self.first, self.in_a_row, self.closed, self.failure, self.kills = 0, 0, False, None, _memory_kills()
         self.bell, self.ear = multiprocessing.Pipe()
@@ -154,11 +169,7 @@ class _Crew:
 
     def start(self):
         "Bring the workers to their full number"
-        try:
-            while len(self.workers) < self.n_workers: self.workers.append(_Worker(self.context, self.recipe))
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise BatchError(f'loader and transforms cannot be sent to a worker: {error}; define them at the top level of a '
-                             'module, or use n_workers=0') from error
+        while len(self.workers) < self.n_workers: self.workers.append(_Worker(self.context, self.recipe, self.parcel))
         if not self.thread.is_alive(): self.thread.start()
         self.bell.send_bytes(b'!') # the thread looks at the new ones too
 
@@ -337,6 +348,9 @@ def _check_settings(self):
     if self.n_workers < 0 or self.iterations < 1:
         raise BatchError(f'{self.n_workers} workers, {self.iterations} iterations: give 0 or more workers, and at least one iteration')
 
+BatchStream._check_settings = _check_settings
+
+# %% ../nbs/42_batches.ipynb #4866c570
 def _batch(self, index):
     "The batch of this index, and the workers ready for the next"
     began, keys = time.perf_counter(), self.recipe.keys(index)
@@ -368,7 +382,7 @@ def _made(self, index):
     if isinstance(found, BatchError): raise found
     return found
 
-BatchStream._check_settings, BatchStream._batch, BatchStream._made = _check_settings, _batch, _made
+BatchStream._batch, BatchStream._made = _batch, _made
 
 # %% ../nbs/42_batches.ipynb #2fa3b6bb
 def _replay(self, key):

@@ -302,3 +302,10 @@ def test_timings():
 def test_import_needs_no_torch():
     code = 'import sys, segnb.batches, segnb.loader; assert "torch" not in sys.modules'
     subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_a_script_without_a_main_guard_is_told_so(tmp_path):
+    (tmp_path/'train.py').write_text('import sys; sys.path.insert(0, "tests")\nfrom test_42_batches import toy_stream\n'
+                                     'next(toy_stream(1, start_method="spawn").epoch(0))\n')
+    said = subprocess.run([sys.executable, str(tmp_path/'train.py')], capture_output=True, text=True, timeout=60)
+    assert said.returncode == 1 and "BatchError: a worker of stage train: it ended before it took a task" in said.stderr
