@@ -703,10 +703,14 @@ def _places(x, matrix, out_shape, field):
     "On the tensor's device: where each output voxel looks, (axes, *out_shape), and whether that is inside"
     import torch
     like = dict(device=x.device, dtype=torch.float32 if x.device.type == 'mps' else torch.float64)
-    axes = torch.meshgrid(*(torch.arange(n, **like) - (n - 1)/2 for n in out_shape), indexing='ij')
-    grid = torch.stack(axes) if field is None else torch.stack(axes) + torch.as_tensor(field).to(**like)
-    last = torch.tensor([n - 1 for n in x.shape[1:]], **like).reshape(-1, *[1]*len(out_shape))
-    places = torch.tensordot(torch.as_tensor(np.asarray(matrix, float)).to(**like), grid, 1) + last/2
+    matrix, shape = np.asarray(matrix, float), np.array(x.shape[1:])
+    places = torch.empty(len(shape), *out_shape, **like)
+    for place, row, start in zip(places, matrix, (shape - 1)/2 - matrix @ ((np.array(out_shape) - 1)/2)):
+        place.fill_(start)
+        for axis, (n, step) in enumerate(zip(out_shape, row)):
+            place += (torch.arange(n, **like)*step).reshape([n if k == axis else 1 for k in range(len(shape))])
+    if field is not None: places += torch.tensordot(torch.from_numpy(matrix).to(**like), torch.as_tensor(field).to(**like), 1)
+    last = torch.from_numpy(shape - 1.).to(**like).reshape(-1, *[1]*len(out_shape))
     return places, ((places >= 0) & (places <= last)).all(0)
 
 
