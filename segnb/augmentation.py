@@ -107,7 +107,8 @@ _SPACE, _CASCADE = ('elastic', 'rotation', 'scale'), ('reshape_previous', 'remov
 def _shown(value):
     "A range or a number as one reads it"
     if isinstance(value, tuple): return '..'.join(map(_shown, value))
-    return f'{value:.4g}' if isinstance(value, (int, float)) else ''
+    if isinstance(value, int): return str(value)
+    return f'{value:.4g}' if isinstance(value, float) else ''
 
 
 class _Table(_Checked):
