@@ -1,0 +1,128 @@
+"""Callbacks in real trainings of every kind: pages of patches, exact resumption, nothing changed by looking."""
+import json, warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from segnb.callbacks import EarlyStopping, ExamplePages, FreezeEncoder, TensorBoard, TrainingWarning, TrainingWarnings, _label_map, _telling_slice
+from segnb.optimization import TrainingError
+from segnb.planning import Plans
+from segnb.preprocessing import class_locations, save_preprocessed
+from segnb.training import Trainer
+
+torch.set_num_threads(1)
+SMALL = dict(iterations=2, val_iterations=2, n_workers=0, progress=False, device='cpu', precision='fp32')
+
+
+def make_task(folder, n=6, flat=False):
+    "Six blurred balls of 24 cubed voxels, ready for the network, and a plan with two features"
+    rng = np.random.default_rng(0)
+    name = '2d' if flat else '3d_fullres'
+    (folder/name).mkdir(parents=True)
+    for i in range(n):
+        z, y, x = np.ogrid[:24, :24, :24]
+        cz, cy, cx = rng.integers(8, 16, 3)
+        r = ((z - cz)**2 + (y - cy)**2 + (x - cx)**2)**.5
+        seg = ((r < 7).astype(np.int8) + (r < 4)).astype(np.int8)
+        data = (seg + rng.normal(0, .3, seg.shape)).astype(np.float32)[None]
+        save_preprocessed(data, seg, {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}, folder/name, f'c{i}')
+    axes = 2 if flat else 3
+    plan = dict(name=name, patch_size=[16]*axes, batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2]*axes, pool_op_kernel_sizes=[[2]*axes]*2,
+                conv_kernel_sizes=[[3]*axes]*3, do_dummy_2d_data_aug=False, base_num_features=2, max_num_features=320, batch_dice=False)
+    Plans('Balls', 'hand', 8, ['MR'], [1, 2], [1, 1, 1], [0, 1, 2], [0, 1, 2], ['nonCT'], [False], None, {name: plan}, {}).save(folder/'plans.json')
+    (folder/'dataset.json').write_text(json.dumps({'modality': {'0': 'MR'}, 'labels': {'0': 'background', '1': 'ball', '2': 'core'},
+                                                   'training': [{'image': f'./imagesTr/c{i}.nii.gz', 'label': f'./labelsTr/c{i}.nii.gz'} for i in range(n)]}))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def task(tmp_path_factory): return make_task(tmp_path_factory.mktemp('pre')/'Balls')
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.net.state_dict().values(), b.net.state_dict().values(), strict=True))
+
+
+class PowerCut(Exception): pass
+
+
+class Cut:
+    def __init__(self, epoch): self.epoch = epoch
+    def on_batch(self, trainer, batch, loss):
+        if trainer.epoch == self.epoch: raise PowerCut
+
+
+def test_looking_changes_nothing(task, tmp_path):
+    quiet, watched = Trainer(task, tmp_path/'a', epochs=2, **SMALL), Trainer(task, tmp_path/'b', epochs=2, callbacks=(ExamplePages(every=1), TrainingWarnings()), **SMALL)
+    quiet.fit(); watched.fit()
+    assert same(quiet, watched) and [r['val_loss'] for r in quiet.history] == [r['val_loss'] for r in watched.history]
+
+
+def test_everything_is_resumed_exactly(task, tmp_path):
+    def callbacks(): return ExamplePages(every=2, n_patches=2), EarlyStopping(9), TrainingWarnings(flat_epochs=2, flat_below=9., zero_epochs=2), FreezeEncoder(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TrainingWarning)
+        through = callbacks()
+        whole = Trainer(task, tmp_path/'whole', epochs=4, callbacks=through, **SMALL)
+        whole.fit()
+        for epoch in (0, 1, 3):
+            with pytest.raises(PowerCut): Trainer(task, tmp_path/f'cut{epoch}', epochs=4, callbacks=(*callbacks(), Cut(epoch)), **SMALL).fit()
+            again = callbacks()
+            resumed = Trainer(task, tmp_path/f'cut{epoch}', epochs=4, callbacks=again, **SMALL)
+            resumed.fit(overwrite=True) if epoch == 0 else resumed.resume()
+            assert same(whole, resumed)
+            for a, b in zip(through[:3], again[:3]): assert a.state_dict() == b.state_dict()
+            pages = sorted(p.name for p in (whole.folder/'examples').iterdir())
+            assert pages == ['epoch_0001.png', 'epoch_0002.png', 'epoch_0004.png'] == sorted(p.name for p in (resumed.folder/'examples').iterdir())
+            assert all((whole.folder/'examples'/p).read_bytes() == (resumed.folder/'examples'/p).read_bytes() for p in pages)
+
+
+def test_pages_of_slices(tmp_path):
+    task = make_task(tmp_path/'flat', flat=True)
+    trainer = Trainer(task, tmp_path/'m', '2d', epochs=1, callbacks=(ExamplePages(),), **SMALL)
+    trainer.fit()
+    assert (trainer.folder/'examples'/'epoch_0001.png').stat().st_size > 5000
+
+
+def test_patches_are_of_different_cases_first(task, tmp_path):
+    trainer = Trainer(task, tmp_path/'m', epochs=1, callbacks=(pages := ExamplePages(n_patches=2),), **(SMALL | dict(val_iterations=6)))
+    trainer.fit()
+    assert len({trainer.val_stream.replay(tuple(k)).case for k in pages.keys}) == min(2, len(trainer.val_cases))
+
+
+def test_slices_and_regions_of_a_page():
+    stack = np.zeros((3, 4, 4), int)
+    stack[1, 0] = 1
+    stack[2, 0, 0], stack[2, 1, 0] = 1, 2
+    assert _telling_slice(stack) == 2
+    assert _label_map(np.array([[1., 1, 0], [0, 1, 0]])).tolist() == [1, 2, 0]
+
+
+def test_freezing_and_stopping_together(task, tmp_path):
+    trainer = Trainer(task, tmp_path/'m', epochs=20, initial_lr=1e-12, callbacks=(FreezeEncoder(1), EarlyStopping(2)), **SMALL)
+    trainer.fit()
+    assert len(trainer.history) < 20 and 'has not improved' in trainer.stopped
+    assert all(p.requires_grad for p in trainer.net.parameters())
+    with pytest.raises(TrainingError, match='no part of the network'): Trainer(task, tmp_path/'n', epochs=1, callbacks=(FreezeEncoder(1, 'head'),), **SMALL).fit()
+
+
+def test_a_resumed_run_leaves_one_curve(task, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    with pytest.raises(PowerCut): Trainer(task, tmp_path/'m', epochs=4, callbacks=(TensorBoard(batches=True), Cut(2)), **SMALL).fit()
+    trainer = Trainer(task, tmp_path/'m', epochs=4, callbacks=(TensorBoard(batches=True),), **SMALL)
+    trainer.resume()
+    def steps(folder, tag):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        return [e.step for e in events.Scalars(tag)]
+    assert steps(trainer.folder/'tensorboard', 'loss/train') == [0, 1, 2, 3]
+    assert steps(trainer.folder/'tensorboard'/'batches', 'loss/batch') == list(range(8))
+
+
+def test_wrong_settings_are_refused():
+    for make, words in ((lambda: ExamplePages(0), 'no page'), (lambda: ExamplePages(n_patches=0), 'no page'), (lambda: EarlyStopping(0), 'patience cannot be used')):
+        with pytest.raises(TrainingError, match=words): make()
+    with pytest.raises(TrainingError, match='no such number'): EarlyStopping(1, watch='dice_of_the_moon').on_epoch(SimpleNamespace(), {'lr': .1})
