@@ -31,21 +31,23 @@ def _check_target(
     logits:torch.Tensor, # (B, K, Z, Y, X) or (B, K, Y, X)
     target:torch.Tensor, # (B, 1, Z, Y, X) or (B, 1, Y, X), labels 0..K-1, float or integer
     ignore:int=None,     # Label of voxels that nobody judged
-)->torch.Tensor:         # Like `target`, int64; K where ignored
+)->torch.Tensor:         # Like `target`, in small integers; K where ignored, and on a GPU K + 1 where there is no such label
     "Turn the target into class indices; raises `LossError` for another shape and, on the CPU, for a label outside 0..K-1"
     n, expected = logits.shape[1], (logits.shape[0], 1, *logits.shape[2:])
     if tuple(target.shape) != expected:
         raise LossError('target and logits do not fit', found=f'target {tuple(target.shape)}',
                         expected=f'{expected} for logits {tuple(logits.shape)}')
-    classes = target.long()
-    if ignore is not None: classes = torch.where(classes == ignore, n, classes) # a new tensor, the caller's stays
-    if _on_cpu(classes): # on a GPU looking would mean waiting; there the indexing kernel objects
-        low, high = (float(v) for v in (target if ignore is None else classes).aminmax())
-        if not 0 <= low <= high < n + (ignore is not None): # false for nan too
+    ignored = None if ignore is None else target == ignore
+    if ignored is not None: target = torch.where(ignored, 0, target) # a new tensor, the caller's stays
+    if _on_cpu(target): # on a GPU looking would mean waiting
+        low, high = (float(v) for v in target.aminmax())
+        if not 0 <= low <= high < n: # so for nan too
             raise LossError('the target holds a label that the network has no output for', found=f'{high if 0 <= low else low:g}',
                             expected=f'0 to {n - 1}' + (f', or {ignore} (ignored)' if ignore is not None else ''),
                             fix='check the label map against dataset.json')
-    return classes
+    classes = target.to(torch.uint8 if n < 255 else torch.int32)
+    if not _on_cpu(target): classes = torch.where((target >= 0) & (target < n), classes, n + 1)
+    return classes if ignored is None else torch.where(ignored, n, classes)
 
 # %% ../nbs/51_loss.ipynb #5d124ac6
 def soft_dice(
@@ -72,90 +74,75 @@ class Terms(NamedTuple):
     predicted:torch.Tensor    # (B, K) probability given to the class, summed over all voxels
     true:torch.Tensor         # (B, K) voxels of the class
     judged:torch.Tensor       # (B, 1) voxels that are not ignored
-    classes:torch.Tensor=None # (B, 1, ...) int64 labels, K where ignored; None for regions
+    classes:torch.Tensor=None # (B, 1, ...) labels in small integers, K where ignored; None for regions
     energy:torch.Tensor=None  # (B, K) squared probabilities, summed over all voxels; only where asked for
 
 # %% ../nbs/51_loss.ipynb #8712d83a
-def _sum_by_class(
-    values,               # (B, N) float32; None: count voxels
-    classes:torch.Tensor, # (B, N) int64, 0..K; K counts nowhere
-    n:int,                # K
-)->torch.Tensor:          # (B, K)
-    "Add up the values of each class"
-    if not _on_cpu(classes): # there bincount adds in no fixed order
-        return torch.stack([((classes == k) * (1 if values is None else values)).sum(1) for k in range(n)], 1)
-    values = [None] * len(classes) if values is None else values
-    return torch.stack([torch.bincount(c, v, n + 1) for c, v in zip(classes, values)])[:, :n]
+def _softmax_sums(
+    logits:torch.Tensor,  # (B, K, N)
+    classes:torch.Tensor, # (B, N) whole numbers, K where ignored
+    ignoring:bool,        # Whether K may occur
+    energy:bool,          # Sum the squared probabilities too
+    dtype:torch.dtype,    # Of the sums
+)->tuple:                 # Surprise (B, N); overlap, predicted, true (B, K) and squares, if asked for; probabilities (B, K, N)
+    "Measure logits with one softmax, class by class, so that what is made on the way stays small"
+    p = logits.log_softmax(1, dtype=torch.float32)
+    surprise, is_k, sums = torch.zeros_like(p[:, 0]), torch.empty_like(p[:, 0]), []
+    judged = classes < p.shape[1] if ignoring else None
+    for k, p_k in enumerate(p.unbind(1)):
+        torch.eq(classes, k, out=is_k) # 0 or 1, as float
+        surprise.addcmul_(is_k, p_k, value=-1)
+        p_k.exp_() # in place: from here on these are probabilities
+        if ignoring: p_k.mul_(judged)
+        true = is_k.sum(1, dtype=dtype)
+        sums.append([is_k.mul_(p_k).sum(1, dtype=dtype), p_k.sum(1, dtype=dtype), true])
+        if energy: sums[-1].append(torch.mul(p_k, p_k, out=is_k).sum(1, dtype=dtype))
+    return surprise, *(torch.stack(s, 1) for s in zip(*sums)), p
 
 # %% ../nbs/51_loss.ipynb #5e783525
-def _softmax_sums(
-    logits:torch.Tensor, # (B, K, N)
-    flat:torch.Tensor,   # (B, N) int64, K where ignored
-    ignoring:bool,       # Whether K may occur
-    energy:bool,         # Sum the squared probabilities too
-    dtype:torch.dtype,   # Of the sums
-)->tuple:                # Surprise (B, N); overlap, predicted, energy (B, K); probabilities (B, K, N), the true class's (B, N)
-    "Measure logits with one softmax; what is large is changed in place"
-    n, p = logits.shape[1], logits.log_softmax(1, dtype=torch.float32)
-    log_true = p.gather(1, (flat.clamp(max=n - 1) if ignoring else flat)[:, None])[:, 0]
-    surprise, p = -log_true, p.exp_()
-    if ignoring:
-        judged = flat < n
-        surprise.mul_(judged), p.mul_(judged[:, None])
-    own = log_true.exp_()
-    overlap = _sum_by_class(own, flat, n).to(dtype)
-    squares = torch.stack([p[:, k].square().sum(1, dtype=dtype) for k in range(n)], 1) if energy else None
-    return surprise, overlap, p.sum(2, dtype=dtype), squares, p, own
-
-# %% ../nbs/51_loss.ipynb #f54dceef
 def _softmax_pull(
     p:torch.Tensor,           # (B, K, N) probabilities
-    own:torch.Tensor,         # (B, N) probability of the true class
-    index:torch.Tensor,       # (B, N) int64, the true class
+    classes:torch.Tensor,     # (B, N) whole numbers
     grad:torch.Tensor,        # (B, K, N) what is filled; may be `p` itself
     d_surprise:torch.Tensor,  # (B, N) slope of the loss in the surprise of each voxel
     d_overlap:torch.Tensor,   # (B, K) and in each sum
     d_predicted:torch.Tensor,
-    d_energy,                 # (B, K); None where no squares were summed
+    d_energy=None,            # (B, K); None where no squares were summed
 )->None:
     "Write the slope of the loss in every logit, by the chain rule through the softmax"
-    n = p.shape[1]
-    slopes, at_true = [d_predicted[:, k:k + 1] for k in range(n)], d_predicted.gather(1, index)
-    if d_energy is not None:
-        slopes = [s + 2 * d_energy[:, k:k + 1] * p[:, k] for k, s in enumerate(slopes)]
-        at_true = at_true + 2 * d_energy.gather(1, index) * own
-    shared = d_overlap.gather(1, index).mul_(own) # what the overlap gives to the true class of the voxel
-    level = d_surprise - shared
-    for k in range(n): level.addcmul_(p[:, k], slopes[k], value=-1)
-    at_true = at_true.add_(level).mul_(own).add_(shared).sub_(d_surprise)
-    for k in range(n): torch.mul(p[:, k], level + slopes[k], out=grad[:, k])
-    grad.scatter_(1, index[:, None], at_true[:, None])
+    level, is_k, slope = d_surprise.clone(), torch.empty_like(p[:, 0]), torch.empty_like(p[:, 0])
+    def slope_in(k): # of the loss, in the probability of class k
+        torch.addcmul(d_predicted[:, k:k + 1], torch.eq(classes, k, out=is_k), d_overlap[:, k:k + 1], out=slope)
+        return slope if d_energy is None else slope.addcmul_(p[:, k], d_energy[:, k:k + 1], value=2)
+    for k in range(p.shape[1]): level.addcmul_(p[:, k], slope_in(k), value=-1)
+    for k in range(p.shape[1]):
+        torch.mul(p[:, k], slope_in(k).add_(level), out=grad[:, k])
+        grad[:, k].addcmul_(is_k, d_surprise, value=-1)
 
-# %% ../nbs/51_loss.ipynb #affcfd23
+# %% ../nbs/51_loss.ipynb #ed11aca9
 class _SoftmaxTerms(torch.autograd.Function):
     "Join both: from logits and classes to surprise and sums, and back"
     @staticmethod
-    def forward(ctx, logits, classes, ignoring, energy, dtype): # (B, K, ...), (B, 1, ...) -> as `Terms`
+    def forward(ctx, logits, classes, ignoring, energy, dtype): # (B, K, ...), (B, 1, ...) -> surprise, sums
         flat = classes.flatten(1)
-        surprise, *sums, p, own = _softmax_sums(logits.flatten(2), flat, ignoring, energy, dtype)
-        small = flat.to(torch.uint8) if logits.shape[1] < 256 else flat
-        ctx.save_for_backward(logits, small, *((p, own) if _on_cpu(p) else ())) # a GPU makes them again: it has time, not memory
+        surprise, *sums, p = _softmax_sums(logits.flatten(2), flat, ignoring, energy, dtype)
+        ctx.mark_non_differentiable(sums[2])
+        ctx.save_for_backward(logits, flat, *([p] if _on_cpu(p) else [])) # a GPU makes p again: it has time, not memory
         ctx.ignoring = ignoring
         return surprise.view_as(classes), *sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, d_surprise, *d_sums):
-        logits, small, *kept = ctx.saved_tensors
-        flat, d_sums = small.long(), [d if d is None else d.float() for d in d_sums]
-        index = flat.clamp(max=logits.shape[1] - 1) if ctx.ignoring else flat
+    def backward(ctx, d_surprise, d_overlap, d_predicted, d_true, d_energy=None):
+        logits, flat, *kept = ctx.saved_tensors
         p = kept[0] if kept else logits.flatten(2).softmax(1, dtype=torch.float32)
-        own, grad = (kept[1], torch.empty_like(p)) if kept else (p.gather(1, index[:, None])[:, 0], p)
-        _softmax_pull(p, own, index, grad, d_surprise.flatten(1), *d_sums)
-        if ctx.ignoring: grad.mul_((flat < p.shape[1])[:, None])
+        if ctx.ignoring and not kept: p.mul_((flat < p.shape[1])[:, None])
+        grad = torch.empty_like(p) if kept else p
+        d_sums = [None if d is None else d.float() for d in (d_overlap, d_predicted, d_energy)]
+        _softmax_pull(p, flat, grad, d_surprise.flatten(1), *d_sums)
         return grad.view_as(logits).to(logits.dtype), None, None, None, None
 
-# %% ../nbs/51_loss.ipynb #acf0bb49
+# %% ../nbs/51_loss.ipynb #d843ecd3
 def softmax_terms(
     logits:torch.Tensor, # (B, K, Z, Y, X) or (B, K, Y, X); any precision, sums are float32
     target:torch.Tensor, # (B, 1, Z, Y, X) or (B, 1, Y, X) labels 0..K-1, float or integer
@@ -164,10 +151,12 @@ def softmax_terms(
     dtype=torch.float32, # Of the sums; float64 where a formula subtracts large ones
 )->Terms:                # Differentiable in the logits
     "Measure logits against a label map, one class a voxel; raises `LossError` when the two do not fit"
-    classes, n = _check_target(logits, target, ignore), logits.shape[1]
-    surprise, *sums, squares = _SoftmaxTerms.apply(logits, classes, ignore is not None, energy, dtype)
-    true = _sum_by_class(None, classes.flatten(1), n).to(dtype)
-    return Terms(surprise, *sums, true, true.sum(1, keepdim=True), classes, squares)
+    classes = _check_target(logits, target, ignore)
+    surprise, overlap, predicted, true, *squares = _SoftmaxTerms.apply(logits, classes, ignore is not None, energy, dtype)
+    if not _on_cpu(classes): # a strange label makes every loss nan
+        strange = torch.where((classes > logits.shape[1]).any(), torch.nan, 0.)
+        surprise, overlap = surprise + strange, overlap + strange
+    return Terms(surprise, overlap, predicted, true, true.sum(1, keepdim=True), classes, *squares)
 
 # %% ../nbs/51_loss.ipynb #8595872b
 class SegmentationLoss(nn.Module):
@@ -234,7 +223,7 @@ class RobustCrossEntropy(SegmentationLoss):
         if len(w) != n: raise LossError('one class weight per output is needed', found=f'{len(w)} weights', expected=n)
         w = w.to(surprise.device)
         if self.regions: return self.mean((surprise.flatten(2).sum(2) * w).sum(), terms.judged.sum() * w.sum())
-        return self.mean((surprise * F.pad(w, (0, 1))[terms.classes]).sum(), (terms.true * w).sum()) # 0 where ignored
+        return self.mean((surprise * F.pad(w, (0, 1))[terms.classes.long()]).sum(), (terms.true * w).sum()) # 0 where ignored
 
 # %% ../nbs/51_loss.ipynb #e2774c31
 class SoftDiceLoss(SegmentationLoss):

@@ -295,3 +295,12 @@ def test_where_nnunet_v2_counts_differently():
         assert relative(3*value, V2[f'{name}/bce0/value']) <= 1e-5
     value, _ = value_and_gradient(LOSSES['dice_topk'](ignore=3), ARRAYS['ignored/logits'], ARRAYS['ignored/target'])
     assert value > V2['ignored/dice_topk0/value'] + .1
+
+def test_strange_labels_on_a_gpu(monkeypatch):
+    "There nobody looks at the labels, for that would mean waiting: the loss is nan, and the training names the case"
+    monkeypatch.setattr(module, '_on_cpu', lambda t: False)
+    for bad in (3., -1., float('nan'), 300.):
+        target = torch.zeros(1, 1, 4, 4)
+        target[..., 0] = 9
+        target[..., 1] = bad
+        for name in ('dice_ce', 'dice', 'ce', 'tversky', 'dice_topk'): assert torch.isnan(LOSSES[name](ignore=9)(torch.zeros(1, 3, 4, 4), target))
