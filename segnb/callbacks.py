@@ -42,17 +42,7 @@ class ExamplePages:
         self.every, self.n_patches, self.folder, self.keys, self.drawn = every, n_patches, folder, None, 0
 
     def on_start(self, trainer):
-        if self.keys is None: self.keys = self._choose(trainer)
-
-    def _choose(self, trainer):
-        "Keys of patches that show many classes, of as many cases as there are"
-        stream, found = trainer.val_stream, {}
-        for key in [(0, i, position) for i in range(min(stream.iterations, 8)) for position in stream.positions]:
-            sample = stream.replay(key)
-            labels = np.asarray(sample.seg[0])
-            found.setdefault(sample.case, []).append((len(np.unique(labels[labels > 0])), list(key)))
-        ranked = [(place, -n, key) for of_case in found.values() for place, (n, key) in enumerate(sorted(of_case, key=lambda e: -e[0]))]
-        return [key for *_, key in sorted(ranked)[:self.n_patches]]
+        if self.keys is None: self.keys = _choose_patches(trainer.val_stream, self.n_patches)
 
     def on_epoch(self, trainer, row):
         done = row['epoch'] + 1
@@ -65,6 +55,16 @@ class ExamplePages:
     def load_state_dict(self, state): self.keys = state['keys']
 
 # %% ../nbs/54_callbacks.ipynb #e79ee9a4
+def _choose_patches(stream, n):
+    "Keys of `n` validation patches that show many classes, of as many cases as there are"
+    found = {}
+    for key in [(0, i, position) for i in range(min(stream.iterations, 8)) for position in stream.positions]:
+        sample = stream.replay(key)
+        labels = np.asarray(sample.seg[0])
+        found.setdefault(sample.case, []).append((len(np.unique(labels[labels > 0])), list(key)))
+    ranked = [(place, -count, key) for of_case in found.values() for place, (count, key) in enumerate(sorted(of_case, key=lambda e: -e[0]))]
+    return [key for *_, key in sorted(ranked)[:n]]
+
 def _answer(trainer, sample):
     "Image, reference and answer of one patch as numpy arrays; masks of regions become one map"
     data, target = torch.as_tensor(sample.result['data']), torch.as_tensor(sample.result['target'][0])[0].cpu().numpy()
@@ -78,6 +78,7 @@ def _answer(trainer, sample):
     reference, answer = (_label_map(target[:n]), _label_map(logits > 0)) if trainer.labels.regions else (target[0], logits.argmax(0))
     return data[0, 0].cpu().numpy(), reference, answer
 
+# %% ../nbs/54_callbacks.ipynb #830a12a3
 def _row(axes, trainer, sample):
     "One patch of the page: image, reference with answer, errors"
     from segnb.viewer import show_slice
@@ -96,7 +97,7 @@ def _row(axes, trainer, sample):
 def _draw(self, trainer, epochs):
     "Write the page after so many epochs"
     from matplotlib.patches import Patch
-    from segnb.viewer import figure, label_color, save_fig
+    from segnb.viewer import figure, label_color
     if not trainer.world.main: return
     samples = [trainer.val_stream.replay(tuple(key)) for key in self.keys]
     fig, axes = figure(len(samples), 3, 8.2, .7 + 2.3 * len(samples), squeeze=False)
@@ -105,7 +106,7 @@ def _draw(self, trainer, epochs):
     fig.legend(handles=[Patch(facecolor=label_color(k + 1), label=name) for k, name in enumerate(trainer.class_names[:14])], loc='outside lower center', ncols=7, frameon=False, fontsize=8)
     folder = trainer.folder/self.folder
     folder.mkdir(exist_ok=True)
-    with whole_file(folder/f'epoch_{epochs:04d}.png') as part: save_fig(fig, part)
+    with whole_file(folder/f'epoch_{epochs:04d}.png') as part: fig.savefig(part, format='png', dpi=90, metadata={'Software': None})
     self.drawn = epochs
 
 ExamplePages.draw = _draw
