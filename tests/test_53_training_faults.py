@@ -243,18 +243,18 @@ def test_a_time_budget_with_a_clock_that_moves_when_told():
     assert TimeBudget(clock=watch).has_room(10**9)
 
 
-def test_minutes_end_in_time_and_go_on_after_a_break(task, tmp_path):
-    settings = SMALL | dict(iterations=40, val_iterations=2, minutes=.1)
+def test_minutes_end_in_time_and_go_on_after_a_break(task, straight, tmp_path):
+    "`straight` has drawn and saved before, so that nothing is imported within the budget of nine seconds"
+    settings = SMALL | dict(iterations=20, val_iterations=2, minutes=.15)
     with pytest.raises(PowerCut): Trainer(task, tmp_path/'m', callbacks=(cut_after(0),), **settings).fit()
     first = load_checkpoint(tmp_path/'m'/'fold_0'/'checkpoint_latest.pt')['elapsed']
     time.sleep(.5)
-    trainer, began = Trainer(task, tmp_path/'m', **settings), time.monotonic()
+    trainer = Trainer(task, tmp_path/'m', **settings)
     history = trainer.resume()
-    assert first < 6 and history[0]['elapsed'] <= first and history[1]['elapsed'] - history[1]['seconds'] < first + .4, 'the break does not count'
-    assert history[-1]['elapsed'] < 6.5 and len(history) >= 2
-    assert trainer.optimizer.param_groups[0]['lr'] < 1e-3
+    assert history[0]['elapsed'] <= first and len(history) >= 2 and history[1]['elapsed'] - history[1]['seconds'] < first + .4, 'the break does not count'
+    assert history[-1]['elapsed'] < 12
     rates = [r['lr'] for r in history]
-    assert rates == sorted(rates, reverse=True) and history[-1]['iterations'] <= 40
+    assert rates == sorted(rates, reverse=True) and trainer.optimizer.param_groups[0]['lr'] < rates[1] and history[-1]['iterations'] <= 20
 
 
 def test_momentum_is_lowered_when_nothing_was_learned(task, tmp_path):
