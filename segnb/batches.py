@@ -173,31 +173,36 @@ class _Crew:
         if not self.thread.is_alive(): self.thread.start()
         self.bell.send_bytes(b'!') # the thread looks at the new ones too
 
-    def ask(self):
-        "Hand out the next batches: two a worker, in the order in which they are needed"
-        asked = {i for w in self.workers for i in w.asked}
-        for i in range(self.first, self.first + 2*self.n_workers):
-            free = [w for w in self.workers if len(w.asked) < 2]
-            if not free: return
-            if i in asked or i in self.ready: continue
-            worker = min(free, key=lambda w: len(w.asked))
-            with contextlib.suppress(OSError): worker.pipe.send(i) # a dead one is found by the thread
-            worker.asked.append(i)
 
-    def take(self, index):
-        "The batch of this number"
-        with self.change:
-            self.first = index
-            self.ready = {i: b for i, b in self.ready.items() if index <= i < index + 2*self.n_workers}
-            while True:
-                if self.failure: raise self.failure
-                self.replace()
-                self.ask()
-                if index in self.ready: break
-                self.change.wait()
-            self.first = index + 1
+
+# %% ../nbs/42_batches.ipynb #f1c74683
+def _ask(self):
+    "Hand out the next batches: two a worker, in the order in which they are needed"
+    asked = {i for w in self.workers for i in w.asked}
+    for i in range(self.first, self.first + 2*self.n_workers):
+        free = [w for w in self.workers if len(w.asked) < 2]
+        if not free: return
+        if i in asked or i in self.ready: continue
+        worker = min(free, key=lambda w: len(w.asked))
+        with contextlib.suppress(OSError): worker.pipe.send(i) # a dead one is found by the thread
+        worker.asked.append(i)
+
+def _take(self, index):
+    "The batch of this number"
+    with self.change:
+        self.first = index
+        self.ready = {i: b for i, b in self.ready.items() if index <= i < index + 2*self.n_workers}
+        while True:
+            if self.failure: raise self.failure
+            self.replace()
             self.ask()
-            return self.ready.pop(index)
+            if index in self.ready: break
+            self.change.wait()
+        self.first = index + 1
+        self.ask()
+        return self.ready.pop(index)
+
+_Crew.ask, _Crew.take = _ask, _take
 
 # %% ../nbs/42_batches.ipynb #7494e6ae
 def _listen(self):
