@@ -10,6 +10,7 @@ import copy, math, time
 from dataclasses import asdict, dataclass, field
 import psutil
 import torch
+from fastcore.basics import patch
 from .optimization import TrainingError, choose_precision, training_step
 from .workers import write_json
 
@@ -104,6 +105,7 @@ def probe(
         trainer.net.train(training)
     return _summary(trainer, rows[warm_up:], {k: v / iterations for k, v in making.items()}, other)
 
+# %% ../nbs/55_probe.ipynb #cde0ee26
 def _endless(stream, epoch):
     "Batches of this epoch and those behind it"
     while True:
@@ -143,21 +145,36 @@ class Probe:
     batch_size:int = 0
     per_epoch:int = 250 # Training batches of an epoch
 
-    @property
-    def using(self): return sum(self.parts.values())
-    @property
-    def iteration(self): return self.waiting + self.using
+# %% ../nbs/55_probe.ipynb #efc6363d
+@patch(as_prop=True)
+def using(self:Probe)->float:
+    "Seconds of an iteration without waiting"
+    return sum(self.parts.values())
 
-    @property
-    def bottleneck(self):
-        "disk, augmentation, handing over, copy, network, loss or step"
-        own = {'copy': self.parts['copy'], 'network': self.parts['forward'] + self.parts['backward'], 'loss': self.parts['loss'], 'step': self.parts['step']}
-        if self.n_workers == 0: own |= self.making
-        elif self.waiting > .1 * self.iteration: own = self.making
-        return max(own, key=own.get)
+@patch(as_prop=True)
+def iteration(self:Probe)->float:
+    "Seconds of a whole iteration"
+    return self.waiting + self.using
 
-    def to_dict(self): return asdict(self) | {'iteration': self.iteration, 'bottleneck': self.bottleneck, 'advice': self.advice()}
-    def save(self, file): write_json(self.to_dict(), file)
+@patch(as_prop=True)
+def bottleneck(self:Probe):
+    "disk, augmentation, handing over, copy, network, loss or step"
+    own = {'copy': self.parts['copy'], 'network': self.parts['forward'] + self.parts['backward'], 'loss': self.parts['loss'], 'step': self.parts['step']}
+    if self.n_workers == 0: own |= self.making
+    elif self.waiting > .1 * self.iteration: own = self.making
+    return max(own, key=own.get)
+
+@patch
+def to_dict(self:Probe)->dict:
+    "All numbers, the bottleneck and the advice"
+    return asdict(self) | {'iteration': self.iteration, 'bottleneck': self.bottleneck, 'advice': self.advice()}
+
+@patch
+def save(self:Probe,
+    file, # JSON
+):
+    "Write the record whole or not at all"
+    write_json(self.to_dict(), file)
 
 # %% ../nbs/55_probe.ipynb #27427033
 def _supply_advice(p):
@@ -208,6 +225,7 @@ def _repr(self):
     lines += [f"  {a['change']}: {a['now_ms']:.0f} -> {a['then_ms']:.0f} ms" for a in self.advice()] or ['  nothing that is known here would help']
     return '\n'.join(lines)
 
+# %% ../nbs/55_probe.ipynb #4a15566d
 def _figure(self):
     "Draw the two sides: the process that trains, and those that make batches"
     from segnb.viewer import figure
