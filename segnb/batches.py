@@ -240,6 +240,9 @@ def _hear(self, worker):
             self.ask()
         self.change.notify_all()
 
+_Crew.listen, _Crew.hear = _listen, _hear
+
+# %% ../nbs/42_batches.ipynb #e75ea601
 def _bury(self, worker):
     "Take a dead worker from the list; what it was asked for is asked of others"
     worker.process.join(5)
@@ -250,9 +253,6 @@ def _bury(self, worker):
         worker.pipe.close()
         self.change.notify_all()
 
-_Crew.listen, _Crew.hear, _Crew.bury = _listen, _hear, _bury
-
-# %% ../nbs/42_batches.ipynb #e75ea601
 def _replace(self):
     "Start a worker for each dead one, with a warning; raises BatchError where that would not help"
     while self.dead:
@@ -271,6 +271,9 @@ def _replace(self):
         warnings.warn(f'stage {stage}: {what} Its work is done again, the batches stay the same.', WorkerWarning, stacklevel=6)
     if len(self.workers) < self.n_workers: self.start()
 
+_Crew.bury, _Crew.replace = _bury, _replace
+
+# %% ../nbs/42_batches.ipynb #c16be5b8
 def _close(self):
     "End the workers and the thread"
     self.closed = True
@@ -285,7 +288,7 @@ def _close(self):
     for pipe in (self.bell, self.ear, *(w.pipe for w in self.workers)): pipe.close()
     self.workers, self.dead, self.ready = [], [], {}
 
-_Crew.replace, _Crew.close = _replace, _close
+_Crew.close = _close
 
 # %% ../nbs/42_batches.ipynb #76801657
 @dataclass
