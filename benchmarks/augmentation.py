@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import inputs
 import numpy as np
-from common import HERE, _child, entry, main, mark, measure
+from common import HERE, TreeMemory, _child, _cpu_seconds, entry, main, mark, measure
 
 PATCHES = {'64x96x96': (64, 96, 96), '96x96x96': (96, 96, 96)}
 KINDS = {'ct': (1, 2), 'mr': (4, 3)}                       # channels, labels
@@ -106,13 +106,16 @@ def stored(folder, patch, kind, n=4):
     return out
 
 
-def drain(batches, n):
-    "Seconds a batch once the queues are empty"
-    for _ in range(12): next(batches)
+def drain(stream, close):
+    "Seconds a batch once the queues are empty; the workers' processor time and memory too"
+    used = _cpu_seconds()
+    for _ in range(12): next(stream)
     start = time.perf_counter()
-    for _ in range(n): next(batches)
-    wall = (time.perf_counter() - start)/n
-    return dict(seconds=wall, fastest=wall, cpu_seconds=float('nan'), calls=n, peak_mb=0, unit='a batch')
+    for _ in range(STREAMED): next(stream)
+    wall, memory = (time.perf_counter() - start)/STREAMED, TreeMemory().now()
+    close()
+    cpu = (_cpu_seconds() - used)/(STREAMED + 12)
+    return dict(seconds=wall, fastest=wall, cpu_seconds=cpu, calls=STREAMED, peak_mb=round(memory), unit='a batch')
 
 
 def our_stream(patch, kind, order=3):
@@ -123,7 +126,8 @@ def our_stream(patch, kind, order=3):
         cases = {name: SimpleNamespace(data=c.data, seg=c.seg[0], class_locations=c.class_locations) for name, c in stored(folder, patch, kind).items()}
         loader = PatchLoader(cases, LOADED[patch], PATCHES[patch], 2)
         engine = device_transforms(AugmentationParameters(), PATCHES[patch], SCALES, order=order)
-        with BatchStream(loader, engine, seed=0, iterations=STREAMED + 20, n_workers=2) as stream: return drain(stream.epoch(0), STREAMED)
+        stream = BatchStream(loader, engine, seed=0, iterations=STREAMED + 12, n_workers=2)
+        return drain(stream.epoch(0), stream.close)
 
 
 def v2_stream(patch, kind):
@@ -139,8 +143,7 @@ def v2_stream(patch, kind):
         labels = SimpleNamespace(has_ignore_label=False, all_labels=list(range(n + 1)), foreground_labels=list(range(1, n + 1)))
         loader = nnUNetDataLoader(data, 2, LOADED[patch], PATCHES[patch], labels, oversample_foreground_percent=.33, transforms=v2_transforms(patch))
         stream = NonDetMultiThreadedAugmenter(loader, None, 2, num_cached=6, seeds=None, pin_memory=False, wait_time=.002)
-        try: return drain(stream, STREAMED)
-        finally: stream._finish()
+        return drain(stream, stream._finish)
 
 
 def from_v1(group):
