@@ -130,6 +130,13 @@ def our_stream(patch, kind, order=3):
         return drain(stream.epoch(0), stream.close)
 
 
+class Fresh:
+    "A memory map whose parts are copies, as v2's own storage gives them: v2 changes what it has read in place"
+    def __init__(self, array): self.array = array
+    def __getattr__(self, name): return getattr(self.array, name)
+    def __getitem__(self, part): return np.array(self.array[part])
+
+
 def v2_stream(patch, kind):
     from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
     from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -138,7 +145,7 @@ def v2_stream(patch, kind):
         def load_case(name):
             c = cases[name]
             with_channel = {k: np.c_[np.zeros(len(p), int), p] for k, p in c.class_locations.items()}
-            return c.data, c.seg, None, dict(class_locations=with_channel)
+            return Fresh(c.data), Fresh(c.seg), None, dict(class_locations=with_channel)
         data = SimpleNamespace(identifiers=list(cases), load_case=load_case)
         labels = SimpleNamespace(has_ignore_label=False, all_labels=list(range(n + 1)), foreground_labels=list(range(1, n + 1)))
         loader = nnUNetDataLoader(data, 2, LOADED[patch], PATCHES[patch], labels, oversample_foreground_percent=.33, transforms=v2_transforms(patch))
