@@ -60,6 +60,13 @@ def _choose(table, what, choice):
     raise NetworkError(f'unknown {what}', found=repr(choice), expected=' or '.join(map(repr, table)))
 
 # %% ../nbs/50_network.ipynb #60e2ceb4
+def _convolve(conv, x):
+    "Convolve; one or two slices never in half precision on a CPU, where oneDNN reads memory it has not written (seen with torch 2.13)"
+    if not (x.ndim == 5 and x.shape[2] <= 2 and conv.kernel_size[0] > 1 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu')): return conv(x)
+    with torch.autocast('cpu', enabled=False): y = conv(x.float())
+    return y.to(torch.get_autocast_dtype('cpu'))
+
+# %% ../nbs/50_network.ipynb #a41998d9
 class ConvBlock(nn.Module):
     "Convolve, normalise, bend: the unit every stage is made of"
     def __init__(self,
@@ -80,7 +87,7 @@ class ConvBlock(nn.Module):
         self.act = _choose(ACTIVATIONS, 'activation', activation)()
 
     def forward(self, x): # (B, C, *spatial) -> (B, C', *spatial')
-        return self.act(self.norm(self.dropout(self.conv(x))))
+        return self.act(self.norm(self.dropout(_convolve(self.conv, x))))
 
 # %% ../nbs/50_network.ipynb #24697bef
 def features_per_level(

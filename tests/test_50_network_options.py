@@ -39,6 +39,20 @@ def test_half_precision_step(axes, norm, channels_last, batch):
     assert difference(y2, y) < .1 and all(torch.isfinite(p).all() for p in g2)
 
 @pytest.mark.parametrize('channels_last', [False, True])
+@pytest.mark.parametrize('depth', [1, 2, 3, 4])
+def test_half_precision_weight_gradients_of_few_slices(depth, channels_last):
+    "The bf16 kernel of the CPU library reads memory it has not written where a volume has two slices; poison that memory"
+    x = torch.randn(1, 1, depth, 16, 16, generator=torch.Generator().manual_seed(1))
+    flat = plan()
+    flat.pool_op_kernel_sizes = [[1, 2, 2]]*2
+    def gradients(half):
+        net = build_unet(flat, 1, 3, norm='none', generator=torch.Generator().manual_seed(0), channels_last=channels_last)
+        for size in (64, 1024, 20000, 400000): del_me = [torch.full((size,), float('nan')) for _ in range(4)]; del del_me
+        with torch.autocast('cpu', torch.bfloat16, enabled=half): return step(net, x)[1]
+    usual = gradients(False)
+    for _ in range(5): assert difference(gradients(True), usual) < .1
+
+@pytest.mark.parametrize('channels_last', [False, True])
 def test_one_voxel_at_the_bottom(channels_last):
     x = torch.randn(2, 1, 4, 4, 4)
     with pytest.raises(NetworkError, match='a single voxel'): build(build_unet, channels_last=channels_last)(x)
