@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['NORMS', 'ACTIVATIONS', 'NetworkError', 'InstanceNorm', 'ConvBlock', 'features_per_level', 'UNet', 'initialize',
            'build_unet', 'count_parameters', 'network_diagram', 'ResidualBlock', 'ResidualUNet', 'build_residual_unet',
-           'build_network', 'keep_memory', 'v1_key_map', 'v1_residual_key_map']
+           'build_network', 'v1_key_map', 'v1_residual_key_map']
 
 # %% ../nbs/50_network.ipynb #23bd8506
-import ctypes, sys
 from contextlib import contextmanager, nullcontext
 
 import numpy as np
@@ -365,16 +364,6 @@ def build_network(
     kinds = {'plain': build_unet, 'residual': build_residual_unet}
     build = _choose(kinds, 'architecture', getattr(configuration, 'architecture', 'plain'))
     return build(configuration, in_channels, n_outputs, deep_supervision, **options)
-
-# %% ../nbs/50_network.ipynb #909a28f6
-def keep_memory(
-)->bool: # True if the C library follows; False where it is another one (macOS, Windows, musl), and nothing changes
-    "Let this process keep the memory that tensors give back, so that the next step finds it without page faults"
-    if not sys.platform.startswith('linux'): return False
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError): return False
-    max_blocks, trim = -4, -1 # M_MMAP_MAX: no block by itself; M_TRIM_THRESHOLD: return nothing below 2 GB
-    return bool(mallopt(max_blocks, 0) and mallopt(trim, 2**31 - 1))
 
 # %% ../nbs/50_network.ipynb #36f980e2
 _AFFINE = ('weight', 'bias')
