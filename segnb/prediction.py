@@ -82,7 +82,10 @@ def from_folder(cls:Predictor,
         network = build_network(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, deep_supervision=False)
         network.load_state_dict(state['network'])
         networks.append(network)
-    return cls(networks, plans, state['configuration'], labels, device, **options)
+    predictor = cls(networks, plans, name, labels, device, **options)
+    trained = state.get('mirror_axes') # it has never seen the others mirrored
+    if trained is not None: predictor.mirror_axes = tuple(a for a in predictor.mirror_axes if a in trained)
+    return predictor
 
 # %% ../nbs/64_prediction.ipynb #08dcc18a
 @patch
