@@ -38,10 +38,13 @@ class ExamplePages:
         n_patches:int=4,         # Rows of the page, each of another case where there are as many
         folder:str='examples',   # Below the fold's folder; files epoch_0010.png
     ):
-        if every < 1 or n_patches < 1: raise TrainingError('no page can be made of this', found=f'every={every}, n_patches={n_patches}', expected='numbers from 1')
+        if every < 1 or n_patches < 1:
+            raise TrainingError('no page can be made of this', found=f'every={every}, n_patches={n_patches}', expected='numbers from 1')
         self.every, self.n_patches, self.folder, self.keys, self.drawn = every, n_patches, folder, None, 0
 
     def on_start(self, trainer):
+        if trainer.world.main and trainer.epoch == 0: # what a training that is overwritten has drawn
+            for old in (trainer.folder/self.folder).glob('epoch_*.png'): old.unlink()
         if self.keys is None: self.keys = _choose_patches(trainer.val_stream, self.n_patches)
 
     def on_epoch(self, trainer, row):
@@ -74,9 +77,11 @@ def _answer(trainer, sample):
         with torch.no_grad(), torch.autocast(trainer.torch_device.type, trainer.dtype, enabled=trainer.dtype is not None):
             logits = trainer.net(data.to(trainer.torch_device))[0][0].float().cpu().numpy()
     finally: trainer.net.train(training)
+    if not trainer.labels.regions: return data[0, 0].cpu().numpy(), target[0], logits.argmax(0)
     n = len(logits)
-    reference, answer = (_label_map(target[:n]), _label_map(logits > 0)) if trainer.labels.regions else (target[0], logits.argmax(0))
-    return data[0, 0].cpu().numpy(), reference, answer
+    reference = _label_map(target[:n])
+    for ignored in target[n:]: reference[ignored > .5] = -1 # at most one mask: voxels without truth
+    return data[0, 0].cpu().numpy(), reference, _label_map(logits > 0)
 
 # %% ../nbs/54_callbacks.ipynb #830a12a3
 def _row(axes, trainer, sample):
@@ -103,9 +108,10 @@ def _draw(self, trainer, epochs):
     fig, axes = figure(len(samples), 3, 8.2, .7 + 2.3 * len(samples), squeeze=False)
     for row, sample in zip(axes, samples): _row(row, trainer, sample)
     fig.suptitle(f'Validation patches after {epochs} epoch{"s" * (epochs != 1)}', fontsize=11)
-    fig.legend(handles=[Patch(facecolor=label_color(k + 1), label=name) for k, name in enumerate(trainer.class_names[:14])], loc='outside lower center', ncols=7, frameon=False, fontsize=8)
+    handles = [Patch(facecolor=label_color(k + 1), label=name) for k, name in enumerate(trainer.class_names[:14])]
+    fig.legend(handles=handles, loc='outside lower center', ncols=7, frameon=False, fontsize=8)
     folder = trainer.folder/self.folder
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder/f'epoch_{epochs:04d}.png') as part: fig.savefig(part, format='png', dpi=90, metadata={'Software': None})
     self.drawn = epochs
 
@@ -120,14 +126,15 @@ class TensorBoard:
     ):
         try: from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise TrainingError('TensorBoard cannot be used', found=str(error), expected='the package tensorboard', fix='pip install tensorboard, or leave this callback out') from error
+            raise TrainingError('TensorBoard cannot be used', found=str(error), expected='the package tensorboard',
+                                fix='pip install tensorboard, or leave this callback out') from error
         self.open, self.folder, self.batches, self.count, self.writer, self.fine = SummaryWriter, folder, batches, 0, None, None
 
     def on_start(self, trainer):
         if not trainer.world.main: return
         folder, self.count = str(self.folder or trainer.folder/'tensorboard'), sum(row['iterations'] for row in trainer.history)
-        self.writer = self.open(folder, purge_step=trainer.epoch or None)
-        if self.batches: self.fine = self.open(f'{folder}/batches', purge_step=self.count or None)
+        self.writer = self.open(folder, purge_step=trainer.epoch)
+        if self.batches: self.fine = self.open(f'{folder}/batches', purge_step=self.count)
 
     def on_batch(self, trainer, batch, loss):
         if self.fine: self.fine.add_scalar('loss/batch', loss, self.count)
@@ -135,8 +142,9 @@ class TensorBoard:
 
     def on_epoch(self, trainer, row):
         if not self.writer: return
-        values = {'loss/train': row['train_loss'], 'loss/validation': row['val_loss'], 'patch_dice/mean': row['mean_dice'], 'patch_dice/moving': row['moving_dice'],
-                  'learning_rate': row['lr'], 'seconds': row['seconds'], **{f'patch_dice/{name}': d for name, d in zip(trainer.class_names, row['dice'])}}
+        values = {'loss/train': row['train_loss'], 'loss/validation': row['val_loss'], 'learning_rate': row['lr'], 'seconds': row['seconds'],
+                  'patch_dice/mean': row['mean_dice'], 'patch_dice/moving': row['moving_dice'],
+                  **{f'patch_dice/{name}': d for name, d in zip(trainer.class_names, row['dice'])}}
         for name, value in values.items():
             if value is not None: self.writer.add_scalar(name, value, row['epoch'])
         for writer in filter(None, (self.writer, self.fine)): writer.flush()
@@ -153,9 +161,10 @@ class FreezeEncoder:
     ): self.epochs, self.part = epochs, part
 
     def on_start(self, trainer):
-        chosen = self._chosen(trainer)
-        if not chosen: raise TrainingError('no part of the network has this name', found=repr(self.part), expected=', '.join(name for name, _ in trainer.net.named_children()))
-        if len(chosen) == len(list(trainer.net.parameters())): raise TrainingError('nothing is left that could learn', found=repr(self.part), expected='a part of the network')
+        chosen, parts = self._chosen(trainer), ', '.join(name for name, _ in trainer.net.named_children())
+        if not chosen: raise TrainingError('no part of the network has this name', found=repr(self.part), expected=parts)
+        if len(chosen) == len(list(trainer.net.parameters())):
+            raise TrainingError('nothing is left that could learn', found=repr(self.part), expected='a part of the network')
         self.on_epoch_start(trainer)
 
     def on_epoch_start(self, trainer):
@@ -178,8 +187,10 @@ class EarlyStopping:
         self.patience, self.min_gain, self.watch, self.best, self.waited = patience, min_gain, watch, None, 0
 
     def on_epoch(self, trainer, row):
-        if self.watch not in row: raise TrainingError('an epoch has no such number', found=repr(self.watch), expected=', '.join(k for k, v in row.items() if isinstance(v, float)))
-        value = row[self.watch]
+        value = row.get(self.watch, ())
+        if value is not None and not isinstance(value, (int, float)):
+            numbers = ', '.join(k for k, v in row.items() if isinstance(v, float))
+            raise TrainingError('an epoch has no such number', found=repr(self.watch), expected=numbers)
         if value is not None and 'loss' in self.watch: value = -value
         gained = value is not None and (self.best is None or value > self.best + self.min_gain)
         self.best, self.waited = (value, 0) if gained else (self.best, self.waited + 1)
@@ -211,19 +222,26 @@ class TrainingWarnings:
         warnings.warn(text, TrainingWarning, stacklevel=2)
 
     def on_start(self, trainer):
-        kind, keys = ('n_region_locations', list(trainer.labels.regions)) if trainer.labels.regions else ('n_locations', [str(k) for k in range(1, trainer.labels.n_outputs)])
+        if trainer.world.main and trainer.epoch == 0: (trainer.folder/'warnings.txt').unlink(missing_ok=True) # of a training that is overwritten
+        kind, keys = 'n_region_locations', list(trainer.labels.regions)
+        if not keys: kind, keys = 'n_locations', [str(k) for k in range(1, trainer.labels.n_outputs)]
         for cases, what in ((trainer.train_cases, 'training'), (trainer.val_cases, 'validation')):
+            counts = [trainer.cases[c].properties.get(kind, {}) for c in cases]
             for key, name in zip(keys, trainer.class_names):
-                if cases and not any(trainer.cases[c].properties.get(kind, {}).get(key) for c in cases): self.say(trainer, f'{name} has no voxel in the {len(cases)} {what} cases of fold {trainer.fold}')
+                if counts and not any(n.get(key) for n in counts): self.say(trainer, f'{name} has no voxel in the {len(cases)} {what} cases of fold {trainer.fold}')
 
     def on_epoch(self, trainer, row):
         if len(self.losses) < self.flat_epochs: self.losses.append(row['train_loss'])
         half = self.flat_epochs // 2
         if row['epoch'] + 1 == self.flat_epochs and half and np.mean(self.losses[:half]) - np.mean(self.losses[half:]) < self.flat_below:
-            self.say(trainer, f"the training loss is flat: {self.losses[0]:.3f} in the first epoch, {self.losses[-1]:.3f} after {self.flat_epochs}; look at the patches, try find_learning_rate")
+            self.say(trainer, f'the training loss is flat: {self.losses[0]:.3f} in the first epoch, {self.losses[-1]:.3f} after {self.flat_epochs}; '
+                              'look at the patches, try find_learning_rate')
         for name, dice in zip(trainer.class_names, row['dice']):
             self.zeros[name] = 0 if dice else self.zeros.get(name, 0) + 1
-            if self.zeros[name] == self.zero_epochs: self.say(trainer, f'{name}: patch Dice 0 in {self.zero_epochs} epochs; is it in the labels of the training cases, and large enough to be seen at this spacing?')
+            if self.zeros[name] == self.zero_epochs:
+                self.say(trainer, f'{name}: patch Dice 0 in {self.zero_epochs} epochs; is it in the labels of the training cases, '
+                                  'and large enough to be seen at this spacing?')
 
     def state_dict(self): return {'losses': self.losses, 'zeros': self.zeros, 'said': self.said}
-    def load_state_dict(self, state): self.losses, self.zeros, self.said = list(state['losses']), dict(state['zeros']), list(state['said'])
+    def load_state_dict(self, state):
+        self.losses, self.zeros, self.said = list(state['losses']), dict(state['zeros']), list(state['said'])

@@ -8,7 +8,7 @@ __all__ = ['SCHEDULES', 'TrainingError', 'make_optimizer', 'set_learning_rate', 
            'RateSearch', 'choose_device', 'has_fast_bf16', 'choose_precision', 'Deterministic']
 
 # %% ../nbs/45_optimization.ipynb #0dc34718
-import copy, ctypes, fnmatch, math, os
+import copy, ctypes, fnmatch, math, numbers, os
 from pathlib import Path
 import torch
 from .image import SegnbError
@@ -29,7 +29,8 @@ def make_optimizer(
     "Make nnU-Net's optimiser, or another; raises `TrainingError` for an unknown name or pattern"
     parts = _parameter_groups(network, groups or {}, lr)
     if callable(name): return name(parts, lr=lr)
-    if name not in ('sgd', 'adam', 'adamw'): raise TrainingError('unknown optimizer', found=repr(name), expected='sgd, adam, adamw, or a function (parameters, lr=...)')
+    if name not in ('sgd', 'adam', 'adamw'):
+        raise TrainingError('unknown optimizer', found=repr(name), expected='sgd, adam, adamw, or a function (parameters, lr=...)')
     shared = dict(lr=lr, weight_decay=weight_decay, fused=all(p.device.type in ('cpu', 'cuda') for p in network.parameters()))
     if name == 'adam': return torch.optim.Adam(parts, amsgrad=True, **shared)
     if name == 'adamw': return torch.optim.AdamW(parts, **shared)
@@ -43,7 +44,9 @@ def _parameter_groups(network, groups, lr):
     named, parts = dict(network.named_parameters()), []
     for pattern, setting in groups.items():
         chosen = {n: p for n, p in named.items() if fnmatch.fnmatch(n, pattern) or n.startswith(pattern + '.')}
-        if not chosen: raise TrainingError('no parameter is left for this group', found=repr(pattern), expected=f"a pattern of names such as {', '.join(list(dict(network.named_parameters()))[:4])}")
+        if not chosen:
+            some = ', '.join([n for n, _ in network.named_parameters()][:4])
+            raise TrainingError('no parameter is left for this group', found=repr(pattern), expected=f'a pattern of names such as {some}')
         setting = dict(setting) if isinstance(setting, dict) else {'lr_factor': float(setting)}
         parts.append({'params': list(chosen.values()), 'lr': lr * setting.setdefault('lr_factor', 1.), **setting})
         named = {n: p for n, p in named.items() if n not in chosen}
@@ -137,7 +140,8 @@ class WarmUp:
 
     def __call__(self, epoch, max_epochs, initial_lr):
         rise = self.length * max_epochs if self.length < 1 else min(self.length, max_epochs)
-        if epoch < rise: return initial_lr * min(1., (epoch + (self.length >= 1)) / rise)
+        first = isinstance(max_epochs, numbers.Integral) # of epochs the first takes a step up, too; seconds begin at zero
+        if epoch < rise: return initial_lr * min(1., (epoch + first) / rise)
         return self.schedule(epoch - rise, max(max_epochs - rise, 1e-9), initial_lr)
 
     def update(self, loss):
@@ -182,12 +186,14 @@ def make_schedule(
     warmup:float=0,   # Epochs in which the rate rises first; below 1: fraction of the run
 ):                    # Called as schedule(epoch, epochs, initial_lr); may have update(loss), state_dict, load_state_dict
     "Find a schedule by its name and put a rise in front; raises `TrainingError`"
+    function = 'a function (epoch, epochs, initial_lr)'
     if isinstance(schedule, str):
-        if schedule not in SCHEDULES: raise TrainingError('unknown schedule', found=repr(schedule), expected=f"{', '.join(SCHEDULES)}, or a function (epoch, epochs, initial_lr)")
+        if schedule not in SCHEDULES: raise TrainingError('unknown schedule', found=repr(schedule), expected=f"{', '.join(SCHEDULES)}, or {function}")
         schedule = SCHEDULES[schedule]
     if isinstance(schedule, type): schedule = schedule() # it has a memory: a fresh one for each run
-    if not callable(schedule): raise TrainingError('the schedule cannot be called', found=type(schedule).__name__, expected='a name, or a function (epoch, epochs, initial_lr)')
-    if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < math.inf: raise TrainingError('warmup cannot be used', found=repr(warmup), expected='epochs from 0; below 1: a fraction of the run')
+    if not callable(schedule): raise TrainingError('the schedule cannot be called', found=type(schedule).__name__, expected=f'a name, or {function}')
+    if isinstance(warmup, bool) or not isinstance(warmup, (int, float)) or not 0 <= warmup < math.inf:
+        raise TrainingError('warmup cannot be used', found=repr(warmup), expected='epochs from 0; below 1: a fraction of the run')
     return WarmUp(schedule, warmup) if warmup else schedule
 
 # %% ../nbs/45_optimization.ipynb #2240f87d
@@ -203,14 +209,16 @@ def find_learning_rate(
     dtype=None,          # As in `training_step`
 )->'RateSearch':
     "Raise the learning rate from step to step and watch the loss; raises `TrainingError` when it is never finite"
+    if not (0 < low < high < math.inf and steps >= 10):
+        raise TrainingError('no rates can be tried', found=f'low={low}, high={high}, steps={steps}', expected='0 < low < high, and 10 steps or more')
     weights, state = copy.deepcopy(network.state_dict()), copy.deepcopy(optimizer.state_dict())
     draw = batches if callable(batches) else iter(batches).__next__
-    found = RateSearch([], [])
+    found, scaler = RateSearch([], []), torch.amp.GradScaler('cuda') if dtype == torch.float16 else None
     try:
         for i in range(steps):
-            lr = low * (high / low)**(i / max(steps - 1, 1))
+            lr = low * (high / low)**(i / (steps - 1))
             set_learning_rate(optimizer, lr)
-            try: value = training_step(network, loss, optimizer, *draw(), dtype=dtype)
+            try: value = training_step(network, loss, optimizer, *draw(), dtype=dtype, scaler=scaler)
             except StopIteration: break
             if not math.isfinite(value): break
             found.rates.append(lr); found.losses.append(value)
@@ -218,7 +226,9 @@ def find_learning_rate(
     finally:
         network.load_state_dict(weights)
         optimizer.load_state_dict(state)
-    if len(found.rates) < 10: raise TrainingError('no learning rate can be told', found=f'{len(found.rates)} finite losses from {low:g} on', expected='10 or more', fix='begin with a lower rate, give more batches, or look at the loss of a single batch')
+    if len(found.rates) < 10:
+        raise TrainingError('no learning rate can be told', found=f'{len(found.rates)} finite losses from {low:g} on', expected='10 or more',
+                            fix='begin with a lower rate, give more batches, or look at the loss of a single batch')
     return found
 
 # %% ../nbs/45_optimization.ipynb #d1a554c7
@@ -251,8 +261,8 @@ class RateSearch:
         ax.semilogx(self.rates, self.smooth, color='black')
         ax.axvline(self.lowest, color='#d55e00', ls=':', label=f'lowest loss: {self.lowest:.2g}')
         ax.axvline(self.suggestion, color='#009e73', label=f'suggestion: {self.suggestion:.2g}')
-        spread = max(self.smooth[:10]) - min(self.smooth)
-        ax.set(xlabel='learning rate', ylabel='loss', ylim=(min(self.smooth) - .3*spread, max(self.smooth[:10]) + 1.5*spread), title='Flat, then falling, then thrown out: take a rate where it falls')
+        low, high = min(self.smooth), max(self.smooth[:10])
+        ax.set(xlabel='learning rate', ylabel='loss', ylim=(low - .3*(high - low), high + 1.5*(high - low)), title='Flat, then falling, then thrown out: take a rate where it falls')
         ax.legend(frameon=False)
         return fig
 
@@ -290,11 +300,13 @@ def choose_precision(
     device:torch.device, # Where the network computes
 ):                       # torch dtype for autocast, or None for float32
     "Resolve 'auto' to fp16 on CUDA, bf16 on a CPU made for it, fp32 elsewhere; raises `TrainingError`"
-    if precision == 'auto': precision = 'fp16' if device.type == 'cuda' else 'bf16' if device.type == 'cpu' and has_fast_bf16() else 'fp32'
+    if precision == 'auto' and device.type == 'cuda': precision = 'fp16'
+    if precision == 'auto': precision = 'bf16' if device.type == 'cpu' and has_fast_bf16() else 'fp32'
     known = {'fp32': None, 'bf16': torch.bfloat16, 'fp16': torch.float16}
     if precision not in known: raise TrainingError('unknown precision', found=precision, expected=f"auto, {', '.join(known)}")
     if precision == 'fp16' and device.type == 'cpu': raise TrainingError('fp16 is of no use on a CPU', found='device cpu', fix="use 'bf16' or 'fp32'")
-    if precision == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported(): raise TrainingError('this GPU does not compute in bf16', found=str(device), fix="use 'fp16' or 'fp32'")
+    if precision == 'bf16' and device.type == 'cuda' and not torch.cuda.is_bf16_supported():
+        raise TrainingError('this GPU does not compute in bf16', found=str(device), fix="use 'fp16' or 'fp32'")
     return known[precision]
 
 # %% ../nbs/45_optimization.ipynb #42805a7d
@@ -309,8 +321,8 @@ class Deterministic:
         import random
         import numpy as np
         cudnn = torch.backends.cudnn
-        self.before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic, cudnn.benchmark,
-                       torch.get_rng_state(), np.random.get_state(), random.getstate(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'))
+        self.before = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(), cudnn.deterministic,
+                       cudnn.benchmark, torch.get_rng_state(), np.random.get_state(), random.getstate(), os.environ.get('CUBLAS_WORKSPACE_CONFIG'))
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8') # read when CUDA starts; torch asks for it
         torch.use_deterministic_algorithms(True, warn_only=not self.strict)
         cudnn.deterministic, cudnn.benchmark = True, False

@@ -50,7 +50,8 @@ def _timed_step(t, batch):
     try: value = training_step(_Marked(t.forward, 'forward', mark), _Marked(t.criterion, 'loss', mark), t.optimizer, data, targets, dtype=t.dtype, scaler=t.scaler)
     finally:
         for hook in hooks: hook.remove()
-    if not math.isfinite(value): raise TrainingError(f'the training loss is {value}', case=', '.join(batch['keys']), expected='a finite number', fix='repair the case, or train with precision=\'fp32\'')
+    if not math.isfinite(value):
+        raise TrainingError(f'the training loss is {value}', case=', '.join(batch['keys']), expected='a finite number', fix="repair the case, or train with precision='fp32'")
     marks = list(marks.items()) # a step that calls another optimiser's step began with the outer and ends with it
     return {name: now - before for (_, before), (name, now) in zip(marks, marks[1:])}
 
@@ -78,7 +79,8 @@ def probe(
 )->'Probe':
     "Time the parts of a training; raises `TrainingError` for several processes and for a loss that is not finite"
     if trainer.world.size > 1: raise TrainingError('the probe looks at one process', found=f'{trainer.world.size} processes', fix='start it without torchrun')
-    if iterations < 1 or warm_up < 0: raise TrainingError('the probe cannot be made of this', found=f'iterations={iterations}, warm_up={warm_up}', expected='at least one iteration')
+    if iterations < 1 or warm_up < 0:
+        raise TrainingError('the probe cannot be made of this', found=f'iterations={iterations}, warm_up={warm_up}', expected='at least one iteration')
     stream, scaler = trainer.train_stream, trainer.scaler
     saved = copy.deepcopy((trainer.net.state_dict(), trainer.optimizer.state_dict(), scaler and scaler.state_dict()))
     training, rows, epoch = trainer.net.training, [], trainer.epoch
@@ -114,7 +116,8 @@ def _endless(stream, epoch):
 
 def _precisions(device):
     "Names of the precisions that this device computes in"
-    return {'cpu': ('fp32', 'bf16'), 'cuda': ('fp32', 'fp16', *(('bf16',) if device.type == 'cuda' and torch.cuda.is_bf16_supported() else ()))}.get(device.type, ('fp32',))
+    if device.type == 'cuda': return 'fp32', 'fp16', *(('bf16',) if torch.cuda.is_bf16_supported() else ())
+    return ('fp32', 'bf16') if device.type == 'cpu' else ('fp32',)
 
 def _summary(t, rows, making, other):
     "Medians of the parts, and the settings they belong to"

@@ -58,7 +58,7 @@ def group_cases(
     if groups is None: return {c: c for c in cases}
     if callable(groups): return {c: str(groups(c)) for c in cases}
     found = _of_mapping(groups) if isinstance(groups, dict) else _of_pattern(cases, groups)
-    if not set(found) & set(cases): raise SplitError('the groups name none of the cases', found=_some(found), expected=f'cases such as {_some(cases)}')
+    if not set(found) & set(cases): raise SplitError('the groups name none of the cases', found=_some(found) or 'no patient', expected=f'cases such as {_some(cases)}')
     return {c: found.get(c, c) for c in cases}  # whoever is not mentioned is a patient alone
 
 def _of_mapping(groups):
@@ -140,7 +140,7 @@ def propose_splits(
     if presence is not None and (unknown := [c for c in cases if c not in presence]): raise SplitError('classes of some cases are not known', case=_some(unknown), fix='count them with class_presence')
     units = {}
     for c in cases: units.setdefault(patient[c], []).append(c)
-    n_folds = n_folds or min(5, max(2, len(units)))
+    wanted, n_folds = n_folds, n_folds or min(5, max(2, len(units)))
     several = {p: cs for p, cs in units.items() if len(cs) > 1}
     if len(units) < max(2, n_folds): raise SplitError(_too_few(len(units), n_folds).replace('case', 'patient') if several else _too_few(len(cases), n_folds))
     plain = five_folds(cases, seed, n_folds)
@@ -152,13 +152,13 @@ def propose_splits(
         np.random.RandomState(seed).shuffle(order)
         fold = dict(zip(units, _deal(np.array([len(cs) for cs in units.values()]), has, n_folds, order)))
         folds = [{'train': [c for c in cases if fold[patient[c]] != k], 'val': [c for c in cases if fold[patient[c]] == k]} for k in range(n_folds)]
-    return Splits(folds, *_account(cases, plain, folds, several, presence), seed, several)
+    return Splits(folds, *_account(cases, plain, folds, several, presence, wanted), seed, several)
 
 # %% ../nbs/52_splits.ipynb #0083f425
-def _account(cases, plain, folds, several, presence):
+def _account(cases, plain, folds, several, presence, wanted):
     "How and why: (method, reason)"
     method = ('by patient and class' if presence else 'by patient') if several else 'by class' if presence else 'shuffled'
-    said = [f'{len(folds)} folds, as there are no more patients'] if len(folds) < 5 else []
+    said = [f'{len(folds)} folds, as was asked for'] if wanted not in (None, 5) else [f'{len(folds)} folds, as there are no more patients'] if len(folds) < 5 else []
     if several: said.append(f'{sum(map(len, several.values()))} of {len(cases)} cases are of {len(several)} patient{"s" * (len(several) > 1)} with several: each stays in one fold')
     for k, held in class_balance(folds, {c: presence[c] for c in cases}).items() if presence else ():
         before = class_balance(plain, {c: presence[c] for c in cases})[k]

@@ -156,7 +156,7 @@ def test_folds_for_other_cases_are_refused(tmp_path):
     assert taken == five_folds('abcdefg') and taken.method == 'own file' and '2 of 9 cases are never held back: h, i' in taken.reason
 
 
-@pytest.mark.parametrize('groups, problem', [({'p': ['a'], 'q': ['a']}, 'two patients'), ('(b)', 'fits 1 of 7'), ('(', 'no regular expression'), ({'z': 'y'}, 'none of the cases'), (7, 'no regular expression')])
+@pytest.mark.parametrize('groups, problem', [({'p': ['a'], 'q': ['a']}, 'two patients'), ('(b)', 'fits 1 of 7'), ('(', 'no regular expression'), ({'z': 'y'}, 'none of the cases'), ({}, 'none of the cases; found no patient'), (7, 'no regular expression')])
 def test_groups_that_say_nothing(groups, problem):
     with pytest.raises(SplitError, match=problem): propose_splits('abcdefg', groups=groups)
 
@@ -168,6 +168,7 @@ def test_few_patients():
     with pytest.raises(SplitError, match='3 patients cannot make 5 folds: at most 3'): propose_splits(visits, groups='[abc]', n_folds=5)
     with pytest.raises(SplitError, match='1 patient'): propose_splits(visits[:4], groups='[abc]')
     assert len(propose_splits('abcd')) == 4
+    assert 'as was asked for' in propose_splits('abcdef', n_folds=2).reason and 'no more patients' in propose_splits('abcd').reason
 
 
 def test_what_a_split_cannot_tell():

@@ -7,18 +7,22 @@ import numpy as np
 import pytest
 import torch
 
-from segnb.callbacks import EarlyStopping, ExamplePages, FreezeEncoder, TensorBoard, TrainingWarning, TrainingWarnings, _label_map, _telling_slice
+from segnb.callbacks import EarlyStopping, ExamplePages, FreezeEncoder, TensorBoard, TrainingWarning, TrainingWarnings, _answer, _label_map, _telling_slice
 from segnb.optimization import TrainingError
 from segnb.planning import Plans
-from segnb.preprocessing import class_locations, save_preprocessed
+from segnb.preprocessing import class_locations, region_locations, save_preprocessed
 from segnb.training import Trainer
 
 torch.set_num_threads(1)
-SMALL = dict(iterations=2, val_iterations=2, n_workers=0, progress=False, device='cpu', precision='fp32')
+SMALL = dict(iterations=1, val_iterations=2, n_workers=0, progress=False, device='cpu', precision='fp32')
 
 
-def make_task(folder, n=6, flat=False):
-    "Six blurred balls of 24 cubed voxels, ready for the network, and a plan with two features"
+PLAIN = {'labels': {'0': 'background', '1': 'ball', '2': 'core'}}
+REGIONS = {'labels': {'background': 0, 'ball': [1, 2], 'core': 2, 'ignore': 3}, 'regions_class_order': [1, 2]}
+
+
+def make_task(folder, n=6, flat=False, said=PLAIN):
+    "Six blurred balls of 24 cubed voxels, ready for the network, and a plan with two features; of regions, half of the background is ignored"
     rng = np.random.default_rng(0)
     name = '2d' if flat else '3d_fullres'
     (folder/name).mkdir(parents=True)
@@ -28,12 +32,16 @@ def make_task(folder, n=6, flat=False):
         r = ((z - cz)**2 + (y - cy)**2 + (x - cx)**2)**.5
         seg = ((r < 7).astype(np.int8) + (r < 4)).astype(np.int8)
         data = (seg + rng.normal(0, .3, seg.shape)).astype(np.float32)[None]
-        save_preprocessed(data, seg, {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}, folder/name, f'c{i}')
+        about = {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}
+        if said is REGIONS:
+            about['region_locations'] = region_locations(seg, {'ball': (1, 2), 'core': (2,)})
+            seg[:, :12] = np.where(seg[:, :12] == 0, 3, seg[:, :12])
+        save_preprocessed(data, seg, about, folder/name, f'c{i}')
     axes = 2 if flat else 3
     plan = dict(name=name, patch_size=[16]*axes, batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2]*axes, pool_op_kernel_sizes=[[2]*axes]*2,
                 conv_kernel_sizes=[[3]*axes]*3, do_dummy_2d_data_aug=False, base_num_features=2, max_num_features=320, batch_dice=False)
     Plans('Balls', 'hand', 8, ['MR'], [1, 2], [1, 1, 1], [0, 1, 2], [0, 1, 2], ['nonCT'], [False], None, {name: plan}, {}).save(folder/'plans.json')
-    (folder/'dataset.json').write_text(json.dumps({'modality': {'0': 'MR'}, 'labels': {'0': 'background', '1': 'ball', '2': 'core'},
+    (folder/'dataset.json').write_text(json.dumps({'modality': {'0': 'MR'}, **said,
                                                    'training': [{'image': f'./imagesTr/c{i}.nii.gz', 'label': f'./labelsTr/c{i}.nii.gz'} for i in range(n)]}))
     return folder
 
@@ -55,19 +63,19 @@ class Cut:
 
 
 def test_looking_changes_nothing(task, tmp_path):
-    quiet, watched = Trainer(task, tmp_path/'a', epochs=2, **SMALL), Trainer(task, tmp_path/'b', epochs=2, callbacks=(ExamplePages(every=1), TrainingWarnings()), **SMALL)
+    quiet, watched = Trainer(task, tmp_path/'a', epochs=2, **SMALL), Trainer(task, tmp_path/'b', epochs=2, callbacks=(ExamplePages(every=1, n_patches=1), TrainingWarnings()), **SMALL)
     quiet.fit(); watched.fit()
     assert same(quiet, watched) and [r['val_loss'] for r in quiet.history] == [r['val_loss'] for r in watched.history]
 
 
 def test_everything_is_resumed_exactly(task, tmp_path):
-    def callbacks(): return ExamplePages(every=2, n_patches=2), EarlyStopping(9), TrainingWarnings(flat_epochs=2, flat_below=9., zero_epochs=2), FreezeEncoder(3)
+    def callbacks(): return ExamplePages(every=2, n_patches=1), EarlyStopping(9), TrainingWarnings(flat_epochs=2, flat_below=9., zero_epochs=2), FreezeEncoder(3)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', TrainingWarning)
         through = callbacks()
         whole = Trainer(task, tmp_path/'whole', epochs=4, callbacks=through, **SMALL)
         whole.fit()
-        for epoch in (0, 1, 3):
+        for epoch in (0, 3):
             with pytest.raises(PowerCut): Trainer(task, tmp_path/f'cut{epoch}', epochs=4, callbacks=(*callbacks(), Cut(epoch)), **SMALL).fit()
             again = callbacks()
             resumed = Trainer(task, tmp_path/f'cut{epoch}', epochs=4, callbacks=again, **SMALL)
@@ -81,9 +89,29 @@ def test_everything_is_resumed_exactly(task, tmp_path):
 
 def test_pages_of_slices(tmp_path):
     task = make_task(tmp_path/'flat', flat=True)
-    trainer = Trainer(task, tmp_path/'m', '2d', epochs=1, callbacks=(ExamplePages(),), **SMALL)
+    trainer = Trainer(task, tmp_path/'m', '2d', epochs=1, callbacks=(ExamplePages(n_patches=1),), **SMALL)
     trainer.fit()
     assert (trainer.folder/'examples'/'epoch_0001.png').stat().st_size > 5000
+
+
+def test_pages_of_regions_leave_out_what_has_no_truth(tmp_path):
+    trainer = Trainer(make_task(tmp_path/'Regions', said=REGIONS), tmp_path/'m', epochs=1, callbacks=(pages := ExamplePages(n_patches=1),), **SMALL)
+    trainer.fit()
+    assert (trainer.folder/'examples'/'epoch_0001.png').stat().st_size > 5000
+    sample = trainer.val_stream.replay(tuple(pages.keys[0]))
+    _, reference, answer = _answer(trainer, sample)
+    ignored = np.asarray(sample.result['target'][0])[0, -1] > .5
+    assert ignored.any() and not ignored.all() and ((reference == -1) == ignored).all() and answer.min() >= 0
+
+
+def test_an_overwritten_training_leaves_no_pages_and_no_warnings(task, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', TrainingWarning)
+        first = Trainer(task, tmp_path/'m', epochs=3, callbacks=(ExamplePages(every=1, n_patches=1), TrainingWarnings(flat_epochs=2, flat_below=9.)), **SMALL)
+        first.fit()
+    assert (first.folder/'warnings.txt').exists()
+    Trainer(task, tmp_path/'m', epochs=1, callbacks=(ExamplePages(every=1, n_patches=1), TrainingWarnings()), **SMALL).fit(overwrite=True)
+    assert not (first.folder/'warnings.txt').exists() and [p.name for p in (first.folder/'examples').iterdir()] == ['epoch_0001.png']
 
 
 def test_patches_are_of_different_cases_first(task, tmp_path):
@@ -119,10 +147,13 @@ def test_a_resumed_run_leaves_one_curve(task, tmp_path):
         events.Reload()
         return [e.step for e in events.Scalars(tag)]
     assert steps(trainer.folder/'tensorboard', 'loss/train') == [0, 1, 2, 3]
-    assert steps(trainer.folder/'tensorboard'/'batches', 'loss/batch') == list(range(8))
+    assert steps(trainer.folder/'tensorboard'/'batches', 'loss/batch') == list(range(4))
+    Trainer(task, tmp_path/'m', epochs=2, callbacks=(TensorBoard(),), **SMALL).fit(overwrite=True)
+    assert steps(trainer.folder/'tensorboard', 'loss/train') == [0, 1]
 
 
 def test_wrong_settings_are_refused():
     for make, words in ((lambda: ExamplePages(0), 'no page'), (lambda: ExamplePages(n_patches=0), 'no page'), (lambda: EarlyStopping(0), 'patience cannot be used')):
         with pytest.raises(TrainingError, match=words): make()
+    with pytest.raises(TrainingError, match="no such number; found 'dice'; expected lr"): EarlyStopping(1, watch='dice').on_epoch(SimpleNamespace(), {'lr': .1, 'dice': [.1, .2]})
     with pytest.raises(TrainingError, match='no such number'): EarlyStopping(1, watch='dice_of_the_moon').on_epoch(SimpleNamespace(), {'lr': .1})

@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 def task(tmp_path_factory): return make_task(tmp_path_factory.mktemp('pre')/'Balls')
 
 
-@pytest.mark.parametrize('settings', [{}, {'precision': 'bf16'}, {'optimizer': 'adamw'}, {'n_workers': 1}])
+@pytest.mark.parametrize('settings', [{}, {'precision': 'bf16', 'optimizer': 'adamw', 'n_workers': 1}])
 def test_a_training_after_a_probe_is_the_training_without(task, tmp_path, settings):
     plain, probed = (Trainer(task, tmp_path/name, epochs=2, **(SMALL | settings)) for name in 'ab')
     found = probe(probed, 2, warm_up=1)
