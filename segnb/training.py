@@ -433,7 +433,7 @@ def _guarded(t):
             yield
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt): _say(t, f'interrupted in epoch {t.epoch}; resume() goes on with it')
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS):
             told = TrainingError('the fold\'s folder cannot be written', file=error.filename or t.folder, found=error.strerror,
                                  fix='free some space, or give a folder you may write to; then resume')
             close_world(told)
@@ -470,6 +470,8 @@ def _warn(t):
     "Say what will go on unseen: cases of no list, classes without voxels"
     unused = sorted(set(t.cases) - {*t.train_cases, *t.val_cases})
     if unused: _say(t, f"{len(unused)} case(s) are in neither list of fold {t.fold}: {', '.join(unused[:5])}")
+    if t.world.size > 1 and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in t.net.modules()):
+        _say(t, "warning: batch normalisation sees only each process's share of a batch: the curve is not that of one process")
     counts = 'n_region_locations' if t.labels.regions else 'n_locations'
     keys = list(t.labels.regions) or [str(k) for k in range(1, t.labels.n_outputs)]
     for names, what in ((t.train_cases, 'training cases: it cannot be learned'), (t.val_cases, "validation cases: its patch Dice will be '-' or 0")):
@@ -493,7 +495,7 @@ def _own_random_numbers(t):
 def _epoch(t):
     "One epoch: train, estimate the Dice, note it, save"
     began, lr = t.clock.elapsed, _set_lr(t)
-    if hasattr(t.loss_function, 'set_epoch'): t.loss_function.set_epoch(t.epoch)
+    if hasattr(t.criterion, 'set_epoch'): t.criterion.set_epoch(t.epoch)
     _tell(t, 'on_epoch_start')
     with _own_random_numbers(t), tqdm(total=t.iterations + t.val_iterations, desc=f'epoch {t.epoch + 1}' + (f'/{t.epochs}' if t.minutes is None else ''), leave=False,
                                       disable={True: None, False: True}.get(t.progress, False) if t.world.main else True, file=sys.stderr) as bar:
@@ -551,7 +553,7 @@ def _shared_step(network, loss, optimizer, data, targets, *, dtype, scaler, t, c
     (value if scaler is None else scaler.scale(value)).backward()
     sum_gradients(t.net)
     if scaler is not None: scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
+    torch.nn.utils.clip_grad_norm_([p for p in network.parameters() if p.grad is not None], clip)
     optimizer.step() if scaler is None else scaler.step(optimizer)
     if scaler is not None: scaler.update()
     return found
@@ -562,7 +564,7 @@ def _memory_told(t):
     try: yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and not any(words in str(error) for words in ('out of memory', 'allocate memory')): raise
-        saving = [text for use, text in ((t.checkpointing, 'checkpointing=True (--checkpointing)'), (t.dtype is not None, "precision='bf16' or 'fp16'")) if not use]
+        saving = [text for use, text in ((t.checkpointing, 'checkpointing=True (--gradient-checkpointing)'), (t.dtype is not None, "precision='bf16' or 'fp16'")) if not use]
         raise TrainingError(f'the memory of {t.torch_device} is full', found=(str(error) or 'MemoryError').splitlines()[0][:200], expected=f'room for batches of {t.plan.batch_size} patches of {tuple(t.plan.patch_size)}',
                             fix='the last saved epoch is safe; resume with ' + ', or '.join([*saving, 'a plan of smaller batches or patches (segnb plan --edit)']) + ', or end other programs that use the device') from error
 
