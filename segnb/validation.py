@@ -31,14 +31,19 @@ def _held_back(model, fold, checkpoint, preprocessed, predictor):
     names, configuration = load_checkpoint(file)['val_cases'], predictor.configuration.data_configuration
     there = load_preprocessed(preprocessed/configuration)
     missing = [n for n in names if n not in there]
-    if missing: raise ValidationError(f'{len(missing)} validation case(s) are not preprocessed', file=preprocessed/configuration, found=', '.join(missing[:5]), fix='preprocess them')
+    if missing:
+        raise ValidationError(f'{len(missing)} validation case(s) are not preprocessed', file=preprocessed/configuration, found=', '.join(missing[:5]), fix='preprocess them')
     expected = preprocessing_identity(predictor.plans, configuration)
     for name in names:
-        if there[name].properties.get('preprocessing', expected) != expected:
-            raise ValidationError('the case was preprocessed by another plan than the model\'s', case=name, file=preprocessed/configuration, fix='preprocess with the model\'s plans.json')
+        try: made_by = there[name].properties.get('preprocessing', expected)
+        except SegnbError: continue # a damaged case is told of when its turn comes
+        if made_by != expected:
+            raise ValidationError('the case was preprocessed by another plan than the model\'s', case=name, file=preprocessed/configuration,
+                                  fix='preprocess with the model\'s plans.json')
     truth = {f.name.removesuffix(image_ending(f)): f.name for f in (preprocessed/'gt_segmentations').glob('[!.]*')}
     lost = [n for n in names if n not in truth]
-    if lost: raise ValidationError('the reference label map is missing', case=', '.join(lost[:5]), file=preprocessed/'gt_segmentations', fix='preprocess the data set again')
+    if lost:
+        raise ValidationError('the reference label map is missing', case=', '.join(lost[:5]), file=preprocessed/'gt_segmentations', fix='preprocess the data set again')
     return {truth[name]: there[name] for name in names}
 
 # %% ../nbs/65_validation.ipynb #43fd7419
@@ -78,7 +83,8 @@ def read_probabilities(
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValidationError('the probabilities cannot be read', file=file, found=str(error), fix='validate again with save_probabilities=True') from error
 
-_WAY_BACK = ('identifier', 'shape', 'spacing', 'bbox', 'shape_after_crop', 'transpose_forward', 'transpose_backward', 'shape_after_resampling', 'spacing_after_resampling', 'geometry')
+_WAY_BACK = ('identifier', 'shape', 'spacing', 'bbox', 'shape_after_crop', 'transpose_forward', 'transpose_backward',
+             'shape_after_resampling', 'spacing_after_resampling', 'geometry')
 
 # %% ../nbs/65_validation.ipynb #be945ef0
 def validate_fold(
@@ -102,13 +108,14 @@ def validate_fold(
         cases = _held_back(model, fold, checkpoint, preprocessed, predictor)
         out = model/f'fold_{fold}'/('validation' if checkpoint == 'final' else f'validation_{checkpoint}')
         made = _made_with(predictor, model/f'fold_{fold}'/f'checkpoint_{checkpoint}.pt')
-        only_main(_tidy)(out, cases, made)
-        mine = {name: cases[name] for name in world.divide(cases) if overwrite or not _there(out, name, cases[name], save_probabilities)}
+        only_main(_tidy)(out, cases, made, overwrite)
+        mine = {name: cases[name] for name in world.divide(cases) if not _there(out, name, cases[name], save_probabilities)}
         background = predictor.device.type != 'cpu' if background is None else background
         failed = _predict_all(predictor, mine, out, save_probabilities, background, progress if world.main else False)
         wait_for_all('validated')
         failed = [text for part in all_gather(failed) for text in part]
-        if failed: raise ValidationError(f'{len(failed)} of {len(cases)} cases failed, the others are written', file=out, found=' | '.join(failed), fix='put it right, then go on with overwrite=False')
+        if failed: raise ValidationError(f'{len(failed)} of {len(cases)} cases failed, the others are written', file=out, found=' | '.join(failed),
+                                          fix='put it right, then go on with overwrite=False (--validation-only --continue)')
         return only_main(_score)(out, preprocessed/'gt_segmentations', cases, predictor.labels, n_workers, {'held_back': str(fold) != 'all', 'made_with': made})
     except BaseException as error:
         close_world(error) # so that no process waits for this one
@@ -128,13 +135,13 @@ def _there(out, name, case, probabilities):
     "Whether a case is done; its label map is written last"
     return (out/name).exists() and (not probabilities or _kept(out, case).exists())
 
-def _tidy(out, cases, made):
-    "Make the folder ready: no summary, no halves, nothing that another network said"
+def _tidy(out, cases, made, overwrite):
+    "Make the folder ready: no summary, no halves, nothing that another network said, nor anything that is to be overwritten"
     check_writable(out)
     remove_stale_parts(out)
     (out/'summary.json').unlink(missing_ok=True)
     note = out/'made_with.json'
-    if note.exists() and read_json(note) == made: return
+    if not overwrite and note.exists() and read_json(note) == made: return
     for name, case in cases.items():
         for file in (out/name, _kept(out, case)): file.unlink(missing_ok=True)
     write_json(made, note)
@@ -146,10 +153,12 @@ def _predict_all(predictor, cases, out, probabilities, background, progress):
     def finish(case, job):
         try: job() if callable(job) else None
         except Exception as error: failed.append(_sentence(case, error))
-    with ThreadPoolExecutor(1) as pool, tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)) as bar:
+    shown, write = {True: None, False: True}.get(progress, False), {}
+    with ThreadPoolExecutor(1) as pool, tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable=shown) as bar:
+        if background: write = {'write': pool.submit}
         for name, case in bar:
             job = None
-            try: job = predict_case(predictor, case, out/name, _kept(out, case) if probabilities else None, **({'write': pool.submit} if background else {}))
+            try: job = predict_case(predictor, case, out/name, _kept(out, case) if probabilities else None, **write)
             except Exception as error: failed.append(_sentence(case, error))
             if waiting: finish(*waiting) # so that no more than two cases are in memory
             waiting = (case, job.result) if job else None
@@ -157,6 +166,7 @@ def _predict_all(predictor, cases, out, probabilities, background, progress):
     return failed
 
 def _sentence(case, error):
+    if str(error).startswith(f'case {case.case}'): return str(error)
     kind = '' if isinstance(error, (SegnbError, OSError)) else f'{type(error).__name__}: '
     advice = ' (the device ran out of memory: predict on the CPU, or with a larger step_size or precision fp16)' if 'out of memory' in str(error).lower() else ''
     return f'{case.case}: {kind}{error}{advice}'

@@ -70,6 +70,18 @@ def test_a_failing_case_is_named_and_the_others_are_written(work, monkeypatch):
     assert (work/'model'/'fold_0'/'validation'/'ct_007.nii.gz').stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize('file, words', [('ct_000_data.npy', 'another size'), ('ct_000.json', 'not valid JSON')])
+def test_what_is_left_of_an_earlier_run_does_not_stand_in_for_a_damaged_case(work, file, words):
+    validate_fold(work/'model', 0, work/'pre', save_probabilities=True, **QUICK)
+    damaged, out = work/'pre'/'3d_fullres'/file, work/'model'/'fold_0'/'validation'
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:300] if file.endswith('npy') else b'{"broken')
+    with pytest.raises(ValidationError, match=f'1 of 2 cases failed.*ct_000.*{words}'): validate_fold(work/'model', 0, work/'pre', **QUICK)
+    assert sorted(p.name for p in out.iterdir()) == ['ct_007.nii.gz', 'made_with.json']
+    damaged.write_bytes(whole)
+    assert len(validate_fold(work/'model', 0, work/'pre', overwrite=False, **QUICK)['cases']) == 2
+
+
 def test_cases_preprocessed_by_another_plan_are_refused(work):
     file = work/'pre'/'3d_fullres'/'ct_007.json'
     file.write_text(json.dumps(json.loads(file.read_text()) | {'preprocessing': 'other'}))
@@ -163,6 +175,7 @@ def test_other_checkpoints_have_their_own_folder(work, checkpoint):
 
 SCRIPT = '''
 import sys, torch
+from pathlib import Path
 from segnb.distributed import start_world
 from segnb.validation import validate_fold
 torch.set_num_threads(1)
@@ -170,6 +183,9 @@ with start_world('cpu') as world:
     result = validate_fold(sys.argv[1] + '/model', 0, sys.argv[1] + '/pre', device='cpu', mirror=False, progress=False)
     assert list(result['cases']) == ['ct_000', 'ct_007']
     print(world.rank, result['foreground_mean']['dice'], flush=True)
+    file = Path(sys.argv[1])/'pre'/'3d_fullres'/'ct_007_data.npy' # the second of two: the second process has it
+    if world.rank == 1: file.write_bytes(file.read_bytes()[:500])
+    validate_fold(sys.argv[1] + '/model', 0, sys.argv[1] + '/pre', device='cpu', mirror=False, progress=False)
 '''
 
 
@@ -179,22 +195,14 @@ def torchrun(work):
                           timeout=200, env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[1])})
 
 
-def test_two_processes_share_the_cases(work):
+def test_two_processes_share_the_cases_and_a_case_that_fails_in_the_second_is_named(work):
     alone = validate_fold(work/'model', 0, work/'pre', **QUICK)
     shutil.rmtree(work/'model'/'fold_0'/'validation')
     done = torchrun(work)
-    assert done.returncode == 0, done.stderr[-2000:]
     said = dict(line.split() for line in done.stdout.splitlines() if line[:2] in ('0 ', '1 '))
-    assert set(said) == {'0', '1'} and float(said['0']) == float(said['1']) == alone['foreground_mean']['dice']
-    assert {'ct_000.nii.gz', 'ct_007.nii.gz', 'summary.json'} <= set(stamps(work/'model'/'fold_0'/'validation'))
-
-
-def test_a_case_that_fails_in_the_second_process_is_named(work):
-    file = work/'pre'/'3d_fullres'/'ct_007_data.npy' # the second of two: the second process has it
-    file.write_bytes(file.read_bytes()[:500])
-    done = torchrun(work)
+    assert set(said) == {'0', '1'} and float(said['0']) == float(said['1']) == alone['foreground_mean']['dice'], done.stderr[-2000:]
     assert done.returncode != 0 and '1 of 2 cases failed' in done.stderr and 'ct_007' in done.stderr
-    assert (work/'model'/'fold_0'/'validation'/'ct_000.nii.gz').exists()
+    assert sorted(stamps(work/'model'/'fold_0'/'validation')) == ['ct_000.nii.gz', 'made_with.json']
 
 
 def variant(tmp_path, source, name, json_changes=None, labels=lambda m: m, **changes):
