@@ -11,10 +11,8 @@ __all__ = ['PRESETS', 'rotation_matrix', 'enlarged_patch_size', 'AugmentationErr
            'device_transforms']
 
 # %% ../nbs/41_augmentation.ipynb #d3c0d234
-import contextlib
 import dataclasses
 import itertools
-import random
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 
@@ -24,6 +22,7 @@ from scipy import ndimage
 
 from . import transforms as T
 from .image import SegnbError
+from .loader import _seeded
 from .resampling import nearest_index
 
 # %% ../nbs/41_augmentation.ipynb #470e6b3a
@@ -897,18 +896,6 @@ def _reference_steps(p, patch_size):
         if made: yield OneOfTransform(made) if len(made) > 1 else made[0]
 
 # %% ../nbs/41_augmentation.ipynb #fff11639
-@contextlib.contextmanager
-def _seeded(rng):
-    "Seed the global generators of numpy and Python from `rng`, and put back their states afterwards"
-    states = np.random.get_state(), random.getstate()
-    np.random.seed(int(rng.integers(2**32)))
-    random.seed(int(rng.integers(2**63)))
-    try: yield
-    finally:
-        np.random.set_state(states[0])
-        random.setstate(states[1])
-
-
 def _check_batch(data, seg, rngs, dimensions, previous):
     "Refuse batches that do not fit; name what was found"
     if data.ndim != dimensions + 2 or seg.ndim != dimensions + 2 or len(data) != len(seg) or data.shape[2:] != seg.shape[2:]:
@@ -919,7 +906,7 @@ def _check_batch(data, seg, rngs, dimensions, previous):
     if rngs is not None and len(rngs) != len(data):
         raise AugmentationError('one generator per sample is needed', found=len(rngs), expected=len(data))
 
-# %% ../nbs/41_augmentation.ipynb #990e900f
+
 class ReferenceEngine:
     "Carry out a chain of batchgenerators transforms, on numpy arrays"
     on_device = None # runs where it is called, in worker processes too
