@@ -24,7 +24,7 @@ from .image import SegnbError
 class LossError(SegnbError):
     "Report outputs, targets or settings of a loss that do not fit together"
 
-# %% ../nbs/51_loss.ipynb #62391831
+
 def _on_cpu(tensor): return tensor.device.type == 'cpu'
 
 def _check_target(
@@ -266,7 +266,7 @@ class SumLoss(SegmentationLoss):
     def score(self, terms): # scalar
         return sum(w * part.score(terms) for w, part in zip(self.weights, self.parts) if w)
 
-# %% ../nbs/51_loss.ipynb #82624dc4
+
 class DiceCELoss(SumLoss):
     "Add cross-entropy, averaged over all voxels, to minus the soft Dice without background"
     def __init__(self,
@@ -340,7 +340,7 @@ def region_terms(
     voxels = judged.flatten(1).sum(1, True, dtype=dtype) if ignoring else torch.full_like(true[:, :1], logits[0, 0].numel())
     return Terms(surprise, *sums, true, voxels, None, squares)
 
-# %% ../nbs/51_loss.ipynb #155591c5
+
 class DiceBCELoss(DiceCELoss):
     "Add binary cross-entropy, averaged over voxels and regions, to minus the soft Dice of all regions"
     def __init__(self,
@@ -350,7 +350,7 @@ class DiceBCELoss(DiceCELoss):
     ):
         super().__init__(batch_dice, smooth, **how | {'regions': True})
 
-# %% ../nbs/51_loss.ipynb #886ce4f7
+# %% ../nbs/51_loss.ipynb #0b323166
 class TopKLoss(SegmentationLoss):
     "Average the cross-entropy over the hardest voxels only"
     def __init__(self,
@@ -368,7 +368,7 @@ class TopKLoss(SegmentationLoss):
         hardest = surprise.topk(max(int(judged * self.k / 100), 1), sorted=False)[0]
         return self.mean(hardest.sum(), len(hardest))
 
-# %% ../nbs/51_loss.ipynb #81d057f0
+
 class DiceTopKLoss(SumLoss):
     "Add the cross-entropy of the hardest voxels to minus the soft Dice"
     def __init__(self,
@@ -406,7 +406,7 @@ class FocalLoss(SegmentationLoss):
         if not self.regions: hard = torch.where(terms.classes == 0, hard * (self.alpha / (1 - self.alpha)), hard)
         return self.mean(hard.sum(), terms.judged.sum() * hard.shape[1])
 
-# %% ../nbs/51_loss.ipynb #d3394fcb
+# %% ../nbs/51_loss.ipynb #b38b28cd
 class GeneralisedDiceLoss(SegmentationLoss):
     "Score by minus one Dice over all classes, where every class counts by one over its volume"
     def __init__(self,
@@ -427,7 +427,7 @@ class GeneralisedDiceLoss(SegmentationLoss):
         overlap, sizes = (2 * w * t.overlap).sum(1), (w * (t.predicted + t.true)).sum(1)
         return -((overlap + self.smooth) / (sizes + self.smooth)).mean()
 
-# %% ../nbs/51_loss.ipynb #ac899ac8
+
 class TverskyLoss(SegmentationLoss):
     "Score by minus the Tversky index: Dice with a price of its own for false alarms and for misses"
     def __init__(self,

@@ -6,7 +6,7 @@ import pytest, torch
 from segnb import loss as module
 from segnb.loss import (LOSSES, DeepSupervisionLoss, DiceBCELoss, DiceCELoss, FocalLoss, GeneralisedDiceLoss, LossError, LossSchedule,
                         RobustCrossEntropy, SegmentationLoss, SoftDiceLoss, SumLoss, TopKLoss, ce_to_dice, deep_supervision_weights,
-                        make_loss, region_terms, share_sums, softmax_terms)
+                        make_loss, region_terms, share_sums, soft_dice, softmax_terms)
 from segnb.viewer import recorded
 
 ARRAYS = recorded('51_loss.npz')
@@ -304,3 +304,40 @@ def test_strange_labels_on_a_gpu(monkeypatch):
         target[..., 0] = 9
         target[..., 1] = bad
         for name in ('dice_ce', 'dice', 'ce', 'tversky', 'dice_topk'): assert torch.isnan(LOSSES[name](ignore=9)(torch.zeros(1, 3, 4, 4), target))
+
+def test_little_is_kept_for_the_way_back():
+    "Bytes that PyTorch keeps beyond logits and target: less than half of what the readable formula keeps; on a GPU next to nothing"
+    def kept(loss, logits, target):
+        found = {}
+        def note(x): found[x.data_ptr()] = x.untyped_storage().nbytes(); return x
+        logits = logits.detach().clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x): loss(logits, target)
+        return sum(n for pointer, n in found.items() if pointer not in (logits.data_ptr(), target.data_ptr()))/logits.nbytes
+    def readable(x, y): return torch.nn.functional.cross_entropy(x, y[:, 0]) - soft_dice(x.softmax(1), y, False)
+    x, y = torch.randn(1, 14, 16, 32, 32), torch.randint(0, 14, (1, 1, 16, 32, 32))
+    much, little = kept(readable, x, y), kept(DiceCELoss(), x, y)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(module, '_on_cpu', lambda t: False)
+        least = kept(DiceCELoss(), x, y)
+    assert little < .5*much and least < .1*much
+
+def test_an_absent_class_does_not_drown_the_present_one():
+    "Weighed by one over a millionth, as in the original, the present class would learn nothing any more"
+    rng = torch.Generator().manual_seed(4)
+    x, y = torch.randn(1, 3, 4, 8, 8, generator=rng), (torch.rand(1, 1, 4, 8, 8, generator=rng) < .2).float() # class 2 is absent
+    def original(x, y):
+        t = softmax_terms(x, y)
+        w = 1/(t.true + 1e-6)
+        return -(2*w*t.overlap)[:, 1:].sum()/(w*(t.predicted + t.true))[:, 1:].sum()
+    ours, theirs = (np.abs(value_and_gradient(loss, x, y)[1]).sum((0, 2, 3, 4)) for loss in (GeneralisedDiceLoss(), original))
+    assert ours[1] > 1e4*theirs[1]
+
+@pytest.mark.parametrize('loss', [DiceCELoss, FocalLoss, TopKLoss])
+def test_a_network_of_slices_that_is_asked_twice(loss):
+    "Two calls in one graph, as deep supervision makes them, and logits that are not contiguous"
+    rng = torch.Generator().manual_seed(6)
+    x, y = torch.randn(2, 5, 7, 3, generator=rng).movedim(-1, 1), torch.randint(0, 3, (2, 1, 5, 7), generator=rng)
+    assert not x.is_contiguous()
+    apart = value_and_gradient(loss(), x.contiguous(), y)
+    both = value_and_gradient(lambda a, b: loss()(a, b) + loss()(a, b), x, y)
+    assert relative(both[0], 2*apart[0]) <= 1e-6 and relative(both[1], 2*apart[1]) <= 1e-6
