@@ -407,6 +407,10 @@ def _budget(t, **spent): return TimeBudget(t.minutes and 60 * t.minutes, **spent
 def _resume(t):
     "Restore the newest checkpoint that can be read, then run"
     with _guarded(t):
+        if only_main(_unsaved)(t):
+            if t.epoch: _reset(t)
+            _say(t, 'the training was ended before its first save: it begins again')
+            return _run(t)
         state, file, problems = only_main(newest_checkpoint)(t.folder, t.plans)
         fresh = _restore(t, state)
         for problem in problems: _say(t, f'passed over: {problem}')
@@ -415,6 +419,10 @@ def _resume(t):
         _say(t, f'resuming from {file.name} after epoch {t.epoch}' + _changed(state['settings'], _settings(t)))
         if fresh: _say(t, f"nothing was saved of these callbacks, they start anew: {', '.join(fresh)}")
         return _run(t)
+
+def _unsaved(t):
+    "Whether a training was begun here that has not saved anything"
+    return (t.folder/'record.json').exists() and not any((t.folder/f).exists() for f in CHECKPOINTS.values())
 
 def _changed(old, new):
     found = [f'{k} {old[k]} -> {v}' for k, v in new.items() if k in old and old[k] != v]

@@ -99,6 +99,16 @@ def test_a_process_killed_at_random_moments(task, straight, tmp_path):
     assert not [p.name for p in fold.iterdir() if p.name[0] == '.' or 'lock' in p.name or 'previous' in p.name]
 
 
+def test_a_process_killed_before_its_first_save(task, straight, tmp_path):
+    def cut(trainer, batch, loss): raise KeyboardInterrupt
+    class Cut: on_batch = staticmethod(cut)
+    with pytest.raises(KeyboardInterrupt): make(task, tmp_path/'m', callbacks=(Cut(),)).fit()
+    again = make(task, tmp_path/'m')
+    again.resume()
+    compare(load_checkpoint(again.folder/'checkpoint_final.pt'), straight)
+    assert 'before its first save' in (again.folder/'log.txt').read_text()
+
+
 OPERATIONS = ('link', 'replace', 'fsync', 'unlink')
 
 def at_operation(number):
