@@ -33,7 +33,7 @@ demo: $(VENV)/run
 test: $(VENV)/dev
 	$(BIN)/python tools/in_step.py
 	cd nbs && OMP_NUM_THREADS=1 SEGNB_STATIC=1 ../$(BIN)/nbdev_test --path . --timing
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=5 tests
 
 lab: $(VENV)/dev
 	$(BIN)/jupyter lab nbs $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -48,7 +48,7 @@ $(VENV)-peers/done: benchmarks/requirements-peers.txt constraints.txt
 	touch $@
 
 bench: $(VENV)/dev $(VENV)-peers/done
-	for stage in reading fingerprint planning resampling preprocessing; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
+	for stage in reading fingerprint planning resampling preprocessing augmentation training; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 readme: $(VENV)/dev

@@ -1,4 +1,4 @@
-"""Write RECORD.md, the tables of the figures in record.json."""
+"""Write RECORD.md, the tables of the figures in record.json and hippocampus.json."""
 import json
 from common import HERE, RECORD
 
@@ -16,12 +16,26 @@ def table(group, kept):
     yield ''
 
 
+def accuracy(rows):
+    "The runs of hippocampus.py, one row each"
+    yield '## hippocampus: accuracy\n\nTask004_Hippocampus, fold 0: Dice of the validation cases, whole images. Each row is one training.\n'
+    yield '| who | training | precision | steps of batch | Dice by class | mean Dice | cases | machine | command |\n|---|---|---|---|---|---:|---:|---|---|'
+    for r in rows:
+        *classes, mean = r['dice'].values()
+        where = r.get('hardware', {}).get('gpu') or f"{r.get('hardware', {}).get('threads', '')} threads of {r['cpu']}"
+        yield (f"| {r['who']} | {r['training_seconds']/60:.1f} min, {r['taken']} | {r.get('computed_in', '')} | {r['steps']} of {r['batch_size']} | {' / '.join(f'{d:.4f}' for d in classes)} "
+               f"| **{mean:.4f}** | {r['cases']} | {where} | `{r['command'].removeprefix('python benchmarks/')}` |")
+    yield ''
+
+
 def main():
     record = json.loads(RECORD.read_text())
     lines = ['# The record of the benchmarks\n', 'Written by `report.py` from `record.json`; how the figures are taken: [README.md](README.md).\n']
     for stage, groups in record.items():
         lines.append(f'## {stage}\n')
         for group, kept in groups.items(): lines += table(group, kept)
+    runs = HERE/'hippocampus.json'
+    if runs.exists(): lines += accuracy(json.loads(runs.read_text()))
     one = next(iter(next(iter(record.values())).values()))
     where = {(g['cpu'], g['cores'], g['python']) for groups in record.values() for g in groups.values()}
     lines.append('## Machine\n\n' + '\n'.join(f'{cpu}, {cores} cores, Python {python}.' for cpu, cores, python in sorted(where)) + '\n')

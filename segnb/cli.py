@@ -210,6 +210,7 @@ def train(
     data = find_preprocessed(dataset, Path(workspace))
     model = Path(workspace)/'models'/data.name/configuration
     fold = _fold(fold, data, random_fold, options.get('n_folds', 5))
+    if resume: options = _as_before(model/f'fold_{fold}', options)
     with start_world(options.get('device', 'auto')) as world:
         if not only_validation:
             trainer = Trainer(data, model, configuration, fold, **options)
@@ -284,6 +285,16 @@ def look(
     return found
 
 # %% ../nbs/90_cli.ipynb #d8982669
+def _as_before(folder, options):
+    "The options that are given, and for the others those that the run began with"
+    from segnb.workers import read_json
+    file = folder/'record.json'
+    if not file.exists(): return options
+    before = read_json(file)['runs'][-1]['settings']
+    kept = {name: before[name] for name in TRAINER_OPTIONS if name in before and name != 'device' and before[name] is not None}
+    if {'epochs', 'minutes'} & set(options): kept = {k: v for k, v in kept.items() if k not in ('epochs', 'minutes')}
+    return kept | options
+
 def _fold(text, data, random_fold, n_folds):
     "The fold as a number or 'all'; a number beyond the last fold is a slip unless asked for"
     from segnb.splits import load_splits
@@ -499,20 +510,20 @@ def _train_verb(verbs):
     p.add_argument('fold', help="number of the fold, or 'all'")
     _arguments(p, 'workspace', 'configuration', 'quiet')
     add = p.add_argument_group('length').add_argument
-    add('--epochs', type=int, default=1000, help='epochs (default: 1000)')
+    add('--epochs', type=int, default=None, help='epochs (default: 1000)')
     add('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time')
-    add('--iterations', type=int, default=250, help='training iterations an epoch (default: 250)')
-    add('--val-iterations', type=int, default=50, help='validation iterations an epoch (default: 50)')
+    add('--iterations', type=int, default=None, help='training iterations an epoch (default: 250)')
+    add('--val-iterations', type=int, default=None, help='validation iterations an epoch (default: 50)')
     add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
-    add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint; with --epochs to another end')
+    add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end')
     add('--overwrite', action='store_true', help='train again where a training is already; what is there is lost')
     _recipe_arguments(p.add_argument_group('recipe (the defaults are nnU-Net v1)').add_argument)
     group = p.add_argument_group('speed')
     _arguments(group, 'workers', 'device', 'precision')
-    group.add_argument('--engine', default='fast', choices=['fast', 'batchgenerators', 'device'], help='who augments: fast (CPU workers, compiled), batchgenerators (the original\'s library), device (the GPU) (default: fast, on CUDA device)')
-    group.add_argument('--compile', action='store_true', help='let torch.compile fuse the network')
-    group.add_argument('--channels-last', action='store_true', help='another memory layout of the feature maps')
-    group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', help='less memory for more time')
+    group.add_argument('--engine', default=None, choices=['fast', 'batchgenerators', 'device'], help='who augments: fast (CPU workers, compiled), batchgenerators (the original\'s library), device (the GPU) (default: fast, on CUDA device)')
+    group.add_argument('--compile', action='store_true', default=None, help='let torch.compile fuse the network')
+    group.add_argument('--channels-last', action='store_true', default=None, help='another memory layout of the feature maps')
+    group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', default=None, help='less memory for more time')
     group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
     add = p.add_argument_group('seeing').add_argument
     add('--examples', type=int, metavar='N', default=None, help='every N epochs write a page of patches with prediction and reference')
@@ -524,30 +535,30 @@ def _train_verb(verbs):
     group.add_argument('--validate', default='final', choices=['final', 'best'], help='which checkpoint is validated (default: final)')
     group.add_argument('--save-probabilities', action='store_true', help='keep the probabilities of the validation cases, for ensembles')
     add = p.add_argument_group('folds').add_argument
-    add('--n-folds', type=int, default=5, help='folds to make when there are none yet; fewer for fewer than 5 cases (default: 5)')
+    add('--n-folds', type=int, default=None, help='folds to make when there are none yet; fewer for fewer than 5 cases (default: 5)')
     add('--random-fold', action='store_true', help='let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does')
 
 # %% ../nbs/90_cli.ipynb #082ca1ea
-TRAINER_OPTIONS = ('epochs', 'minutes', 'iterations', 'val_iterations', 'patience', 'optimizer', 'schedule', 'warmup', 'weight_decay', 'momentum', 'loss', 'augmentation', 'mirror_axes',
+TRAINER_OPTIONS = ('epochs', 'minutes', 'initial_lr', 'iterations', 'val_iterations', 'patience', 'optimizer', 'schedule', 'warmup', 'weight_decay', 'momentum', 'loss', 'augmentation', 'mirror_axes',
                    'oversample', 'sampling', 'seed', 'deterministic', 'device', 'precision', 'engine', 'compile', 'channels_last', 'checkpointing', 'n_folds')
 
 def _recipe_arguments(add):
     "Add what changes the training recipe"
-    add('--lr', type=float, default=.01, help='initial learning rate (default: 0.01)')
+    add('--lr', dest='initial_lr', type=float, default=None, help='initial learning rate (default: 0.01)')
     add('--find-lr', action='store_true', help='train nothing: try learning rates and suggest one')
-    add('--optimizer', default='sgd', choices=['sgd', 'adam', 'adamw'], help='default: sgd with Nesterov momentum')
-    add('--schedule', default='poly', help='learning rate over the run: poly, cosine, constant, step, plateau (default: poly)')
-    add('--warmup', type=float, default=0, help='epochs in which the learning rate rises first; below 1 a fraction of the run (default: 0)')
-    add('--weight-decay', type=float, default=3e-5, help='default: 3e-5')
-    add('--momentum', type=float, default=.99, help='default: 0.99')
+    add('--optimizer', default=None, choices=['sgd', 'adam', 'adamw'], help='default: sgd with Nesterov momentum')
+    add('--schedule', default=None, help='learning rate over the run: poly, cosine, constant, step, plateau (default: poly)')
+    add('--warmup', type=float, default=None, help='epochs in which the learning rate rises first; below 1 a fraction of the run (default: 0)')
+    add('--weight-decay', type=float, default=None, help='default: 3e-5')
+    add('--momentum', type=float, default=None, help='default: 0.99')
     add('--loss', default=None, help='a name of segnb.loss.LOSSES, such as dice_topk (default: Dice + cross-entropy; for regions Dice + binary cross-entropy)')
-    add('--augmentation', default='default', help='preset: default, none, DA2, DA3, insane, DA5 (default: default)')
+    add('--augmentation', default=None, help='preset: default, none, DA2, DA3, insane, DA5 (default: default)')
     add('--mirror-axes', nargs='*', type=lambda text: int(text) if text.isdecimal() else text, default=None, metavar='AXIS', help="axes that may be mirrored: 0 1 2, or names such as superior-inferior; nothing after the option: none (default: all)")
-    add('--oversample', type=float, default=.33, help='share of patches forced to show foreground (default: 0.33)')
-    add('--sampling', default='position', choices=['position', 'probability'], help='forced by the place in the batch, or by chance (default: position)')
+    add('--oversample', type=float, default=None, help='share of patches forced to show foreground (default: 0.33)')
+    add('--sampling', default=None, choices=['position', 'probability'], help='forced by the place in the batch, or by chance (default: position)')
     add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs')
-    add('--seed', type=int, default=0, help='seed of weights and batches (default: 0)')
-    add('--deterministic', action='store_true', help='only algorithms that repeat bit for bit, also on a GPU')
+    add('--seed', type=int, default=None, help='seed of weights and batches (default: 0)')
+    add('--deterministic', action='store_true', default=None, help='only algorithms that repeat bit for bit, also on a GPU')
 
 def _callbacks(a):
     "The callbacks that the options ask for"
@@ -602,7 +613,8 @@ def _run_preprocess(a): preprocess(a.dataset, a.workspace, a.configuration, a.wo
 def _run_split(a): split(a.dataset, a.workspace, a.file, a.patients, a.stratify, a.n_folds, a.overwrite)
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
-    options = {name: getattr(a, name) for name in TRAINER_OPTIONS} | dict(initial_lr=a.lr, n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a))
+    given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
+    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a))
     if a.probe or a.find_lr: look(a.dataset, a.workspace, a.configuration, a.fold, 'probe' if a.probe else 'learning rate', **options)
     else: train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta,
                 a.validate, a.save_probabilities, **options)

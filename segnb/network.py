@@ -179,6 +179,7 @@ class UNet(nn.Module):
 def run(self:UNet, stage, x):
     "Apply a stage; with checkpointing forget its inner results until the way back needs them"
     if not (self.checkpointing and self.training and torch.is_grad_enabled()): return stage(x)
+    if torch.compiler.is_compiling(): return checkpoint(stage, x, use_reentrant=False)
     return checkpoint(stage, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _count_once(stage)))
 
 @patch

@@ -163,7 +163,7 @@ class Trainer:
     device:str = 'auto'                # 'auto', 'cpu', 'cuda', 'mps'
     precision:str = 'auto'             # 'auto' (what is fast and exact enough here), 'fp32', 'bf16', 'fp16'
     compile:bool = False               # Let torch.compile fuse the network's operations
-    channels_last:bool = False         # Keep the channels of a voxel side by side in memory
+    channels_last:bool = None          # Keep the channels of a voxel side by side in memory; None: for volumes on a CPU
     checkpointing:bool = False         # Less memory for more time: compute features again on the way back
     n_workers:int = None               # Processes that prepare batches; None: 1 on a CPU, more with a GPU
     n_folds:int = 5                    # Folds to make when there is no splits.json
@@ -288,6 +288,7 @@ def _check_model_folder(t):
 # %% ../nbs/53_training.ipynb #652f05a6
 def _reset(t):
     "Fresh weights, optimiser and history"
+    if t.channels_last is None: t.channels_last = t.network is build_network and t.torch_device.type == 'cpu' and t.plan.dimensions == 3
     options = {name: True for name in ('channels_last', 'checkpointing') if getattr(t, name)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(t.seed)
@@ -638,7 +639,7 @@ def _rescue(t, mean_dice):
     "nnU-Net's way out when nothing was learned by epoch 100: less momentum and new weights"
     if t.epoch != RESCUE_EPOCH or mean_dice != 0: return
     for group in t.optimizer.param_groups: group |= {'momentum': RESCUE_MOMENTUM} if 'momentum' in group else {}
-    initialize(t.net.cpu(), torch.Generator().manual_seed(t.seed + 1))
+    initialize(t.net.cpu(), torch.Generator().manual_seed(t.seed + 1), norms=False)
     t.net.to(t.torch_device)
     _say(t, f'patch Dice is 0 at epoch {t.epoch}: momentum lowered to {RESCUE_MOMENTUM}, weights drawn anew')
 

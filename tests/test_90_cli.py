@@ -103,7 +103,7 @@ def save_or_die(state, file):
     save(state, file)
     written.append(file)
     if len(written) == 2: os.truncate(file, os.path.getsize(file) // 2); die()
-training.Trainer, torch.save = lambda *args, **options: Trainer(*args, callbacks=(after_epoch,), **options), save_or_die
+training.Trainer, torch.save = lambda *args, **options: Trainer(*args, **options | {'callbacks': (after_epoch,)}), save_or_die
 segnb.cli.main(sys.argv[2:])
 '''
 
