@@ -34,7 +34,7 @@ def main():
     for stage, groups in record.items():
         lines.append(f'## {stage}\n')
         for group, kept in groups.items(): lines += table(group, kept)
-    runs = HERE/'hippocampus.json'
+    runs = RECORD.with_name('hippocampus.json')
     if runs.exists(): lines += accuracy(json.loads(runs.read_text()))
     one = next(iter(next(iter(record.values())).values()))
     where = {(g['cpu'], g['cores'], g['python']) for groups in record.values() for g in groups.values()}

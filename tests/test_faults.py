@@ -165,7 +165,6 @@ def test_models_and_folders_that_are_not_there(segnb, ct, tmp_path, args, words)
     ('plan', ['--planner', 'huge'], ['huge', 'nnunet_v1', 'cpu']),
     ('plan', ['--memory-gb', 0], ['memory_gb', 'above 0']),
     ('preprocess', ['-c', '3d_lowres'], ['3d_lowres', '3d_fullres']),
-    ('train', ['-c', '2d'], ['2d', 'three-dimensional', '3d_fullres']),
     ('train', ['--epochs', 0], ['epochs', 'found 0', 'from 1']),
     ('train', ['--device', 'abacus'], ['abacus', 'cpu']),
     ('train', ['--precision', 'fp16', '--device', 'cpu'], ['fp16', 'bf16']),
@@ -232,7 +231,8 @@ def test_a_preprocessed_array_cut_short_during_training(segnb, own, monkeypatch,
     shutil.rmtree(own.model)
     def spoil(trainer, row):
         for case in trainer.train_cases: cut(own.preprocessed/'3d_fullres'/f'{case}_data.npy', .1)
-    monkeypatch.setattr(training, 'Trainer', partial(training.Trainer, callbacks=(spoil,)))
+    Trainer = training.Trainer
+    monkeypatch.setattr(training, 'Trainer', lambda *args, callbacks=(), **options: Trainer(*args, callbacks=(*callbacks, spoil), **options))
     said = train(segnb, own, '--no-validation', '--epochs', 6, '-j', workers)
     refused(said, 'ct_00')
     assert (own.fold/'checkpoint_latest.pt').exists() and not (own.fold/'checkpoint_final.pt').exists() and not (own.fold/'training.lock').exists()
