@@ -1,6 +1,5 @@
 """What the `segnb` command says when data, models or disks are bad: exit status 2, one message that names what, where and what to do, and nothing half-written."""
 import errno, json, multiprocessing, os, shutil, signal, tempfile
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
