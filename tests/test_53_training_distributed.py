@@ -9,7 +9,8 @@ import torch.distributed as dist
 from segnb.checkpoints import load_checkpoint
 from segnb.network import build_network
 from segnb.training import Trainer
-from test_53_training_faults import SMALL, make_task, weights
+from balls import make_task
+from test_53_training_faults import SMALL, weights
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='needs torch.distributed with gloo')

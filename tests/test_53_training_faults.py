@@ -6,34 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from balls import make_task
 from segnb.planning import Plans
-from segnb.preprocessing import class_locations, save_preprocessed
 from segnb.batches import BatchError
 from segnb.checkpoints import CheckpointError, fold_lock, load_checkpoint
 from segnb.training import PatchDice, TimeBudget, Trainer, TrainingError, moving_average, training_step
 
 torch.set_num_threads(1)
 SMALL = dict(iterations=3, val_iterations=1, n_workers=0, progress=False, device='cpu')
-
-
-def make_task(folder, n=6, **changes):
-    "Six blurred balls of 24 cubed voxels, ready for the network, and a plan with two features"
-    rng = np.random.default_rng(0)
-    (folder/'3d_fullres').mkdir(parents=True)
-    for i in range(n):
-        z, y, x = np.ogrid[:24, :24, :24]
-        cz, cy, cx = rng.integers(8, 16, 3)
-        r = ((z - cz)**2 + (y - cy)**2 + (x - cx)**2)**.5
-        seg = ((r < 7).astype(np.int8) + (r < 4)).astype(np.int8)
-        data = (seg + rng.normal(0, .3, seg.shape)).astype(np.float32)[None]
-        save_preprocessed(data, seg, {'identifier': f'c{i}', 'class_locations': class_locations(seg, (1, 2))}, folder/'3d_fullres', f'c{i}')
-    plan = dict(name='3d_fullres', patch_size=[16, 16, 16], batch_size=2, spacing=[1, 1, 1], median_shape=[24, 24, 24], num_pool_per_axis=[2, 2, 2], pool_op_kernel_sizes=[[2, 2, 2]]*2,
-                conv_kernel_sizes=[[3, 3, 3]]*3, do_dummy_2d_data_aug=False, base_num_features=2, max_num_features=320, batch_dice=False) | changes
-    Plans('Balls', 'hand', 8, ['MR'], [1, 2], [1, 1, 1], [0, 1, 2], [0, 1, 2], ['nonCT'], [False], None, {'3d_fullres': plan}, {}).save(folder/'plans.json')
-    labels = {'background': 0, 'ball': 1, 'core': 2}
-    (folder/'dataset.json').write_text(json.dumps({'modality': {'0': 'MR'}, 'labels': {str(v): k for k, v in labels.items()},
-                                                   'training': [{'image': f'./imagesTr/c{i}.nii.gz', 'label': f'./labelsTr/c{i}.nii.gz'} for i in range(n)]}))
-    return folder
 
 
 @pytest.fixture(scope='module')

@@ -12,7 +12,8 @@ from segnb.network import ResidualUNet, build_network
 from segnb.planning import Plans
 from segnb.preprocessing import class_locations, load_preprocessed, region_locations, save_preprocessed
 from segnb.training import ENGINES, PatchDice, Trainer, TrainingError
-from test_53_training_faults import SMALL, make_task, same, weights
+from balls import make_task
+from test_53_training_faults import SMALL, same, weights
 
 torch.set_num_threads(1)
 FLAT = dict(patch_size=[16, 16], batch_size=4, num_pool_per_axis=[2, 2], pool_op_kernel_sizes=[[2, 2]]*2, conv_kernel_sizes=[[3, 3]]*3)

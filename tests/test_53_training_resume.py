@@ -9,7 +9,8 @@ from segnb.checkpoints import load_checkpoint, newest_checkpoint
 from segnb.network import build_network
 from segnb.optimization import Plateau
 from segnb.training import Trainer
-from test_53_training_faults import SMALL, make_task
+from balls import make_task
+from test_53_training_faults import SMALL
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not hasattr(os, 'fork'), reason='kills processes that it forks')

@@ -8,7 +8,8 @@ import torch
 from segnb.optimization import TrainingError
 from segnb.probe import Probe, iteration_time, probe
 from segnb.training import Trainer
-from test_54_callbacks import SMALL, make_task
+from balls import make_task
+from test_54_callbacks import SMALL
 
 torch.set_num_threads(1)
 
