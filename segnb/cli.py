@@ -244,6 +244,7 @@ def split(
     groups = read_json(patients) if patients and Path(patients).suffix == '.json' else patients
     if isinstance(groups, dict) and 'findings' in groups: # what `segnb doctor --json` wrote
         groups = {patient: cases for f in groups['findings'] if f['kind'] == 'one patient' for patient, cases in f['numbers']['groups'].items()}
+        if not groups: raise UsageError(f'{patients}: the doctor found no patient with several cases; leave --patients out')
     presence = class_presence(data) if stratify else None
     splits = adopt_splits(file, data.cases) if file else propose_splits(data.cases, groups=groups, presence=presence, n_folds=n_folds)
     save_splits(splits, target)
@@ -515,7 +516,7 @@ def _train_verb(verbs):
     add('--iterations', type=int, default=None, help='training iterations an epoch (default: 250)')
     add('--val-iterations', type=int, default=None, help='validation iterations an epoch (default: 50)')
     add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
-    add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end')
+    add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end; --examples, --tensorboard and --freeze-encoder are given again')
     add('--overwrite', action='store_true', help='train again where a training is already; what is there is lost')
     _recipe_arguments(p.add_argument_group('recipe (the defaults are nnU-Net v1)').add_argument)
     group = p.add_argument_group('speed')

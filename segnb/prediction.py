@@ -96,7 +96,7 @@ def predict_preprocessed(self:Predictor,
     "Average the networks' sliding-window probabilities; raises `PredictionError`"
     if self.configuration.previous_stage:
         if previous is None: raise PredictionError('the second stage of a cascade needs the label map of the first', expected=f'a prediction of {self.configuration.previous_stage}')
-        data = np.concatenate([data, [previous == label for label in self.labels.foreground]], dtype=np.float32)
+        data = np.concatenate([data, [previous == label for label in sorted(self.labels.foreground)]], dtype=np.float32)
     total = None
     for network in self.networks:
         one = predict_sliding_window(network, data, self.configuration.patch_size, self.labels.n_outputs, step_size=self.step_size,
