@@ -8,6 +8,7 @@ __all__ = ['ENGINES', 'SETTINGS', 'EVENTS', 'RESCUE_EPOCH', 'RESCUE_MOMENTUM', '
 
 # %% ../nbs/53_training.ipynb #1a2616bb
 import contextlib, errno, functools, json, math, platform, sys, time, zipfile
+from collections import Counter
 from dataclasses import KW_ONLY, dataclass
 from datetime import datetime
 from pathlib import Path
@@ -338,16 +339,22 @@ def _tell(t, event, *news):
     for callback in t.callbacks:
         if hasattr(callback, event): getattr(callback, event)(t, *news)
 
+def _named(t):
+    "Each callback and its name: its class, numbered among those of the same class, so that leaving another one out changes nothing"
+    counts = Counter()
+    for c in t.callbacks:
+        yield f'{type(c).__name__} {counts[type(c)]}', c
+        counts[type(c)] += 1
+
 def _states(t):
-    "What callbacks want to find again after an interruption: {place and class: state}"
-    return {f'{i} {type(c).__name__}': c.state_dict() for i, c in enumerate(t.callbacks) if hasattr(c, 'state_dict')}
+    "What callbacks want to find again after an interruption: {name: state}"
+    return {name: c.state_dict() for name, c in _named(t) if hasattr(c, 'state_dict')}
 
 def _restore_callbacks(t, states):
     "Give callbacks their states back; the names of those that start anew"
     fresh = []
-    for i, c in enumerate(t.callbacks):
+    for name, c in _named(t):
         if not hasattr(c, 'load_state_dict'): continue
-        name = f'{i} {type(c).__name__}'
         if name in states: c.load_state_dict(states[name])
         else: fresh.append(type(c).__name__)
     return fresh
