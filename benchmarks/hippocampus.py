@@ -3,6 +3,7 @@
 Not part of `make bench`, because it takes its time. On a CPU:
 
     python benchmarks/hippocampus.py --minutes 15                     # precision as segnb chooses it for this processor
+    python benchmarks/hippocampus.py --minutes 15 --no-mirror --val-iterations 10     # what suits fifteen minutes
     python benchmarks/hippocampus.py --minutes 15 --precision fp32
     python benchmarks/hippocampus.py --epochs 8 --iterations 100 --precision fp32    # and bf16: the same number of steps
 
@@ -38,7 +39,7 @@ def ours(a, folder):
     preprocess_dataset(dataset, plans, out, [a.configuration])
     length = dict(minutes=a.minutes) if a.minutes else dict(epochs=a.epochs)
     trainer = Trainer(out, model, a.configuration, 0, **length, iterations=a.iterations, val_iterations=a.val_iterations, device=a.device,
-                      precision=a.precision, seed=a.seed, progress='always')
+                      precision=a.precision, seed=a.seed, progress='always', mirror_axes=() if a.no_mirror else None)
     began = time.perf_counter()
     history = trainer.fit()
     trained = time.perf_counter() - began
@@ -95,6 +96,7 @@ def main():
     p.add_argument('--configuration', default='3d_fullres')
     p.add_argument('--planner', default=None, help="default: 'cpu' on a CPU, else 'nnunet_v1'")
     p.add_argument('--seed', type=int, default=0)
+    p.add_argument('--no-mirror', action='store_true', help='no mirroring, in training and so in prediction: a short training gains from it')
     p.add_argument('--peers', help='interpreter with nnU-Net v2: train it too, for the same number of epochs')
     p.add_argument('--theirs', help=argparse.SUPPRESS)
     a = p.parse_args()
