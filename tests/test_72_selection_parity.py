@@ -1,14 +1,13 @@
 """Which candidate is chosen, beside nnU-Net 1.7.1 (recorded by tests/record/72_selection.py); laws, refusals, what is missing."""
-import dataclasses, itertools, json, os
+import json, os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from segnb import selection
 from segnb.image import SegnbError
-from segnb.selection import Candidate, Selection, SelectionError, choose, dice_table, find_best_configuration, foreground_dice, how_sure, select
+from segnb.selection import Selection, SelectionError, choose, dice_table, find_best_configuration, foreground_dice, how_sure, select
 
 TASKS = json.loads((Path(__file__).parent/'recorded'/'72_selection.json').read_text())['tasks']
 
@@ -18,16 +17,17 @@ def results_of(dice):
     return {name: {'cases': {f'case_{i}': {0: {'dice': .99}} | {k + 1: {'dice': d} for k, d in enumerate(row)} for i, row in enumerate(table)}} for name, table in dice.items()}
 
 
-def ours(candidate): return candidate.replace('--', '+')
-
-
 @pytest.mark.parametrize('task', TASKS, ids=[t['name'] for t in TASKS])
 def test_as_the_original(task):
+    n_classes = len(next(iter(task['dice'].values()))[0])
+    if 'error' in task and n_classes == 1:
+        with pytest.raises(SelectionError, match='no candidate has a score'): select(results_of(task['dice']))
+        return
     chosen = select(results_of(task['dice']), n_draws=20)
     assert [c.name for c in chosen.candidates] == list(task['dice'])
     if 'error' in task: # a class that no case has: the original stops, here it is left out
         assert all(np.isnan(c.classes[max(c.classes)]) for c in chosen.candidates)
-        if len(chosen.labels) > 1: assert chosen.best.dice == pytest.approx(np.mean([v for v in chosen.best.classes.values() if not np.isnan(v)]), abs=1e-12)
+        assert chosen.best.dice == pytest.approx(np.mean([v for v in chosen.best.classes.values() if not np.isnan(v)]), abs=1e-12)
         return
     assert {c.name: c.dice for c in chosen.candidates} == pytest.approx(task['scores'], abs=1e-15)
     assert chosen.chosen == task['chosen']
@@ -50,7 +50,7 @@ def test_order_of_cases_and_files_does_not_matter(seed):
     given = results_of(dice)
     shuffled = {name: {'cases': {c: dict(reversed(r['cases'][c].items())) for c in rng.permutation(list(r['cases']))}} for name, r in given.items()}
     one, other = select(given, n_draws=50), select(json.loads(json.dumps(shuffled)), n_draws=50)
-    assert one.table() == other.table() and one.chosen == other.chosen and one.difference == pytest.approx(other.difference, nan_ok=True)
+    assert one.table() == other.table() and one.chosen == other.chosen and json.dumps(one.difference) == json.dumps(other.difference)
     assert sum(c.wins for c in one.candidates) == pytest.approx(1)
 
 
