@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CONVENTION', 'MetricsError', 'Convention', 'evaluate_case', 'dice', 'surface_distances', 'hausdorff95',
-           'average_surface_distance', 'surface_dice', 'bootstrap_interval', 'evaluate_folder', 'format_table',
-           'v1_scores', 'write_v1_summary', 'Comparison', 'compare_results', 'compare_folders']
+           'average_surface_distance', 'surface_dice', 'find_lesions', 'bootstrap_interval', 'evaluate_folder',
+           'format_table', 'v1_scores', 'write_v1_summary', 'Comparison', 'compare_results', 'compare_folders']
 
 # %% ../nbs/60_metrics.ipynb #a0bf1eda
 import datetime, functools, hashlib, json, math, textwrap
@@ -123,78 +123,6 @@ def _by_convention(convention, n_reference, n_prediction, **_):
     far = convention.one_sided if n_reference or n_prediction else math.nan
     return dict(dice=value, jaccard=value, surface_dice=value, lesion_f1=value, hd95=far, assd=far)
 
-# %% ../nbs/60_metrics.ipynb #66521869
-class _Pair:
-    "Two label maps, looked at label by label, each in the smallest box that holds it in both"
-    def __init__(self, reference, prediction, ignore=None):
-        from scipy.ndimage import find_objects
-        if ignore is not None: prediction = np.where(reference == ignore, 0, prediction)
-        self.maps, self.shape = [m.view(np.uint8) if m.dtype == bool else m for m in (reference, prediction)], reference.shape
-        self.boxes = [dict(enumerate(find_objects(m), 1)) for m in self.maps]
-
-    def masks(self, label):
-        "Where the label is in the reference and in the prediction, cropped"
-        members = label if isinstance(label, tuple) else (label,)
-        boxes = [found for known in self.boxes for v in members if (found := known.get(v))]
-        box = tuple(slice(min(b[i].start for b in boxes), max(b[i].stop for b in boxes)) for i in range(len(self.shape))) if boxes else (slice(0, 0),) * 3
-        if 0 in members: box = tuple(slice(0, n) for n in self.shape)
-        return [np.isin(m[box], members) if len(members) > 1 else m[box] == members[0] for m in self.maps]
-
-    def distances(self, label, spacing):
-        "From every surface voxel of either map to the other's surface; nothing where a map does not have the label, or nothing else"
-        masks = self.masks(label)
-        if not all(m.any() for m in masks) or any(m.shape == self.shape and m.all() for m in masks): return np.empty(0), np.empty(0)
-        a, b = (_surface(m, [i for i, n in enumerate(self.shape) if n > 1]) for m in masks)
-        return _nearest(a, b, spacing), _nearest(b, a, spacing)
-
-# %% ../nbs/60_metrics.ipynb #b64ecb72
-def _surface(mask, axes):
-    "Voxels of the mask with a neighbour along one of the axes that is outside; beyond the image all is outside"
-    inner = mask.copy()
-    for axis in axes:
-        m, i = np.moveaxis(mask, axis, 0), np.moveaxis(inner, axis, 0)
-        i[1:] &= m[:-1]
-        i[:-1] &= m[1:]
-        i[0] = i[-1] = False
-    return mask ^ inner
-
-
-def _nearest(a, b, spacing):
-    "From every voxel of mask `a` the distance to the nearest of mask `b`, mm"
-    import edt
-    return edt.edt(~b, anisotropy=tuple(map(float, spacing)))[a].astype(float)
-
-
-def _surface_scores(out, back, tolerance):
-    "What the distances from the reference to the prediction, and back, come to"
-    if not len(out): return dict.fromkeys(_SURFACE, math.nan)
-    both = np.concatenate([out, back])
-    return dict(hd95=np.percentile(both, 95), assd=(out.mean() + back.mean()) / 2, surface_dice=(both <= tolerance * (1 + 1e-6)).mean())
-
-# %% ../nbs/60_metrics.ipynb #479e493a
-def _components(masks, connectivity):
-    "Number the connected parts of two masks: [(numbers, how many), ...]"
-    import cc3d
-    return [cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks]
-
-
-def _coverage(numbers, n, other):
-    "(voxels, shared voxels) of each part"
-    return np.bincount(numbers.ravel(), minlength=n + 1)[1:], np.bincount(numbers[other > 0], minlength=n + 1)[1:]
-
-
-def _lesion_counts(a, b, connectivity, min_overlap):
-    "How many lesions there are, are found, are predicted, and are predicted where there is none"
-    (a, n_a), (b, n_b) = _components((a, b), connectivity)
-    found, right = (int(((shared > 0) & (shared >= min_overlap * size)).sum()) for size, shared in (_coverage(a, n_a, b), _coverage(b, n_b, a)))
-    return dict(n_lesions=n_a, n_lesions_found=found, n_lesions_predicted=n_b, n_lesions_false=n_b - right)
-
-
-def _lesion_scores(n_lesions, n_lesions_found, n_lesions_predicted, n_lesions_false, **_):
-    "Sensitivity, precision and F1 by lesions"
-    s, p = _share(n_lesions_found, n_lesions), _share(n_lesions_predicted - n_lesions_false, n_lesions_predicted)
-    return dict(lesion_sensitivity=s, lesion_precision=p, lesion_f1=2 * s * p / (s + p) if s + p else s + p)
-
 # %% ../nbs/60_metrics.ipynb #3fff91d7
 def evaluate_case(
     reference:np.ndarray,  # (Z, Y, X) integers from 0 up
@@ -236,6 +164,58 @@ def dice(
 )->float:                  # 0 to 1, nan where neither map has the label
     "Measure the overlap of one label in two label maps"
     return evaluate_case(reference, prediction, (label,))[label]['dice']
+
+# %% ../nbs/60_metrics.ipynb #66521869
+class _Pair:
+    "Two label maps, looked at label by label, each in the smallest box that holds it in both"
+    def __init__(self, reference, prediction, ignore=None):
+        from scipy.ndimage import find_objects
+        if ignore is not None: prediction = np.where(reference == ignore, 0, prediction)
+        self.maps, self.shape = [m.view(np.uint8) if m.dtype == bool else m for m in (reference, prediction)], reference.shape
+        self.boxes = [dict(enumerate(find_objects(m), 1)) for m in self.maps]
+
+    def masks(self, label):
+        "Where the label is in the reference and in the prediction, cropped"
+        members = label if isinstance(label, tuple) else (label,)
+        boxes = [found for known in self.boxes for v in members if (found := known.get(v))]
+        box = tuple(slice(min(b[i].start for b in boxes), max(b[i].stop for b in boxes)) for i in range(len(self.shape))) if boxes else (slice(0, 0),) * 3
+        if 0 in members: box = tuple(slice(0, n) for n in self.shape)
+        return [np.isin(m[box], members) if len(members) > 1 else m[box] == members[0] for m in self.maps]
+
+    def distances(self, label, spacing):
+        "From every surface voxel of either map to the other's surface; nothing where a map does not have the label, or nothing else"
+        masks = self.masks(label)
+        if not all(m.any() for m in masks) or any(m.shape == self.shape and m.all() for m in masks): return np.empty(0), np.empty(0)
+        a, b = (_surface(m, [i for i, n in enumerate(self.shape) if n > 1]) for m in masks)
+        return _nearest(a, b, spacing), _nearest(b, a, spacing)
+
+# %% ../nbs/60_metrics.ipynb #b64ecb72
+def _surface(mask, axes):
+    "Voxels of the mask with a neighbour along one of the axes that is outside; beyond the image all is outside"
+    inner = mask.copy()
+    for axis in axes:
+        m, i = np.moveaxis(mask, axis, 0), np.moveaxis(inner, axis, 0)
+        i[1:] &= m[:-1]
+        i[:-1] &= m[1:]
+        i[0] = i[-1] = False
+    return mask ^ inner
+
+
+def _points(mask, spacing): return np.stack(np.unravel_index(np.flatnonzero(mask), mask.shape), 1) * spacing
+
+def _nearest(a, b, spacing):
+    "From every voxel of mask `a` the distance to the nearest of mask `b`, mm"
+    from scipy.spatial import KDTree
+    alone, out = ~b[a], np.zeros(np.count_nonzero(a)) # where both have a voxel, the distance is 0
+    if alone.any(): out[alone] = KDTree(_points(b, spacing)).query(_points(a, spacing)[alone])[0]
+    return out
+
+
+def _surface_scores(out, back, tolerance):
+    "What the distances from the reference to the prediction, and back, come to"
+    if not len(out): return dict.fromkeys(_SURFACE, math.nan)
+    both = np.concatenate([out, back])
+    return dict(hd95=np.percentile(both, 95), assd=(out.mean() + back.mean()) / 2, surface_dice=(both <= tolerance * (1 + 1e-6)).mean())
 
 # %% ../nbs/60_metrics.ipynb #c3dfb711
 def surface_distances(
@@ -280,6 +260,80 @@ def surface_dice(
     "Measure the part of both surfaces, in surface voxels, that lies within the tolerance of the other"
     return evaluate_case(reference, prediction, (label,), spacing, 'surface_dice', tolerance=tolerance)[label]['surface_dice']
 
+# %% ../nbs/60_metrics.ipynb #479e493a
+def _components(masks, connectivity):
+    "Number the connected parts of two masks: [(numbers, how many), ...]"
+    import cc3d
+    return [cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks]
+
+
+def _coverage(numbers, n, other):
+    "(voxels, shared voxels) of each part"
+    return np.bincount(numbers.ravel(), minlength=n + 1)[1:], np.bincount(numbers[other > 0], minlength=n + 1)[1:]
+
+
+def _lesion_counts(a, b, connectivity, min_overlap):
+    "How many lesions there are, are found, are predicted, and are predicted where there is none"
+    (a, n_a), (b, n_b) = _components((a, b), connectivity)
+    found, right = (int(((shared > 0) & (shared >= min_overlap * size)).sum()) for size, shared in (_coverage(a, n_a, b), _coverage(b, n_b, a)))
+    return dict(n_lesions=n_a, n_lesions_found=found, n_lesions_predicted=n_b, n_lesions_false=n_b - right)
+
+
+def _lesion_scores(n_lesions, n_lesions_found, n_lesions_predicted, n_lesions_false, **_):
+    "Sensitivity, precision and F1 by lesions"
+    s, p = _share(n_lesions_found, n_lesions), _share(n_lesions_predicted - n_lesions_false, n_lesions_predicted)
+    return dict(lesion_sensitivity=s, lesion_precision=p, lesion_f1=2 * s * p / (s + p) if s + p else s + p)
+
+# %% ../nbs/60_metrics.ipynb #7f46d038
+def find_lesions(
+    reference:np.ndarray,  # (Z, Y, X) integers
+    prediction:np.ndarray, # (Z, Y, X) integers
+    label:int,             # The label of the lesions; a tuple: several as one
+    spacing:tuple=(1, 1, 1), # (z, y, x) mm
+    *,
+    connectivity:int=26,   # Neighbours that make voxels one lesion: 6, 18 or 26
+    min_overlap:float=0.,  # Part of a lesion that must be shared for it to count as found; 0: one voxel
+)->dict:                   # 'lesions' and 'predictions': a dict each with 'centre' (voxel), 'volume' (ml), 'overlap' (0 to 1), 'found'; and the scores of `evaluate_case`
+    "List every lesion of both maps with its place, its size, and whether the other map has it"
+    reference, prediction = _checked(reference, prediction)
+    if reference.ndim == 2: raise MetricsError('lesions need three axes', found=reference.shape, expected='(Z, Y, X)', fix='add an axis of length 1')
+    masks = [np.isin(m, label) for m in (reference, prediction)]
+    (a, n_a), (b, n_b) = parts = _components(masks, connectivity)
+    told = {}
+    for name, (numbers, n), other in (('lesions', parts[0], b), ('predictions', parts[1], a)):
+        where = np.nonzero(numbers)
+        size, shared = _coverage(numbers, n, other)
+        centres = [np.bincount(numbers[where], weights=i, minlength=n + 1)[1:] / size for i in where]
+        told[name] = [dict(centre=tuple(float(c[k]) for c in centres), volume=float(size[k] * math.prod(spacing) / 1000), overlap=float(shared[k] / size[k]),
+                           found=bool(shared[k] > 0 and shared[k] >= min_overlap * size[k])) for k in range(n)]
+    found, right = (sum(part['found'] for part in told[name]) for name in ('lesions', 'predictions'))
+    counts = dict(n_lesions=n_a, n_lesions_found=found, n_lesions_predicted=n_b, n_lesions_false=n_b - right)
+    return told | counts | _lesion_scores(**counts)
+
+# %% ../nbs/60_metrics.ipynb #629bb502
+def _nanmean(values):
+    values = [v for v in values if not math.isnan(v)]
+    return float(np.mean(values)) if values else math.nan
+
+
+def _mean_scores(
+    cases:dict, # {case: {label: {metric: score, ...}}}
+    labels,     # Labels to average
+)->tuple:       # ({label: {metric: mean, 'n_cases'}}, {metric: mean} over labels other than 0)
+    "Average per label over the cases that have a value, then over foreground labels"
+    metrics = _measured(cases)
+    means = {}
+    for label in labels:
+        values = {m: [case[label][m] for case in cases.values()] for m in metrics}
+        means[label] = {m: _nanmean(v) for m, v in values.items()} | {'n_cases': sum(not math.isnan(v) for v in values[metrics[0]])}
+    return means, {m: _nanmean([mean[m] for label, mean in means.items() if label != 0]) for m in metrics}
+
+
+def _measured(cases):
+    "The metrics that all labels of all cases were given"
+    scores = next(iter(next(iter(cases.values())).values()))
+    return [m for m in METRICS if m in scores]
+
 # %% ../nbs/60_metrics.ipynb #3a1280c8
 def bootstrap_interval(
     values,            # (cases,) scores, or (cases, labels) for the mean of the labels' means; nan: not counted
@@ -304,28 +358,13 @@ def _drawn(n_cases, n, seed):
     draws = keyed_rng(seed, 'bootstrap', n_cases).integers(0, n_cases, (n, n_cases)) + np.arange(n)[:, None] * n_cases
     return np.bincount(draws.ravel(), minlength=n * n_cases).reshape(n, n_cases).astype(float)
 
-# %% ../nbs/60_metrics.ipynb #d8ffd5fb
-def _nanmean(values):
-    values = [v for v in values if not math.isnan(v)]
-    return float(np.mean(values)) if values else math.nan
-
-
-def _mean_scores(
-    cases:dict, # {case: {label: {metric: score, ...}}}
-    labels,     # Labels to average
-)->tuple:       # ({label: {metric: mean, 'n_cases', 'interval'}}, {metric: mean, 'interval'} over labels other than 0)
-    "Average per label over the cases that have a value, then over foreground labels"
-    labels, known = list(labels), next(iter(cases.values()))
-    metrics = [m for m in METRICS if labels and m in known[labels[0]]]
-    values = {m: np.array([[case[label][m] for label in labels] for case in cases.values()], float) for m in metrics}
-    means = {}
-    for k, label in enumerate(labels):
-        means[label] = {m: _nanmean(values[m][:, k].tolist()) for m in metrics}
-        means[label] |= {'n_cases': int((~np.isnan(values[metrics[0]][:, k])).sum()),
-                         'interval': {m: list(bootstrap_interval(values[m][:, k])) for m in metrics}}
-    front = [k for k, label in enumerate(labels) if label != 0]
-    foreground = {m: _nanmean([means[labels[k]][m] for k in front]) for m in metrics}
-    return means, foreground | {'interval': {m: list(bootstrap_interval(values[m][:, front])) for m in metrics}}
+# %% ../nbs/60_metrics.ipynb #18cf765b
+def _intervals(cases, means, foreground):
+    "The same means, each with its bootstrap interval"
+    def of(metric, labels): return list(bootstrap_interval([[case[label][metric] for label in labels] for case in cases.values()]))
+    metrics, front = _measured(cases), [label for label in means if label != 0]
+    means = {label: mean | {'interval': {m: of(m, [label]) for m in metrics}} for label, mean in means.items()}
+    return means, foreground | {'interval': {m: of(m, front) for m in metrics} if front else {}}
 
 # %% ../nbs/60_metrics.ipynb #7c56d15f
 def _label_files(
@@ -412,14 +451,14 @@ def evaluate_folder(
     settings = dict(tolerance_mm=tolerance, connectivity=connectivity, min_overlap=min_overlap, **asdict(convention), not_scored=ignore,
                     interval='95 % of 2000 bootstrap resamples of the cases')
     about = {'labels': names, 'convention': convention.text, 'definitions': {m: METRICS[m] for m in wanted}, 'settings': settings}
-    if regions: about['regions'] = _averaged(scored, {name: members for name, members in regions.items()})
+    if regions: about['regions'] = _averaged(scored, regions)
     return _averaged(scored, {label: label for label in names}) | about
 
 
 def _averaged(scored, keys):
     "The scores of some labels, or of regions by their names, and their means"
     cases = {case: {name: scores[key] for name, key in keys.items()} for case, scores in scored.items()}
-    return dict(zip(('cases', 'mean', 'foreground_mean'), (cases, *_mean_scores(cases, keys))))
+    return dict(zip(('cases', 'mean', 'foreground_mean'), (cases, *_intervals(cases, *_mean_scores(cases, keys)))))
 
 # %% ../nbs/60_metrics.ipynb #d007fcb3
 def format_table(
@@ -487,8 +526,8 @@ def write_v1_summary(
         files = {'test': str(where / f'{case}{file_ending}'), 'reference': str(Path(reference) / f'{case}{file_ending}')}
         cases.append({str(k): v1_scores(scores.get(k) or scores[str(k)]) for k in labels} | files)
     mean = {k: {m: _nanmean([case[k][m] for case in cases]) for m in cases[0][k]} for k in map(str, labels)}
-    front = [str(k) for k in labels if k > 0]
-    mean['mean'] = {m: _nanmean([mean[k][m] for k in front]) for m in mean[front[0]]}
+    front = [str(k) for k in labels if k not in (0, 99)] # v1 sets 99 aside
+    mean['mean'] = {m: _nanmean([mean[k][m] for k in front]) for m in cases[0][str(labels[0])]}
     whole = {'name': name, 'description': description, 'timestamp': str(datetime.datetime.now()), 'task': task, 'author': author,
              'results': {'all': cases, 'mean': mean}}
     whole['id'] = hashlib.md5(json.dumps(whole).encode(), usedforsecurity=False).hexdigest()[:12]
@@ -584,7 +623,7 @@ def compare_results(
     table = np.array([[values[case][k] for k in labels] for case in values]) # (cases, labels, 2)
     rows = {k: _paired(*table[:, i].T) for i, k in enumerate(labels)}
     both = np.where(np.isnan(table).any(-1, keepdims=True), np.nan, table)
-    rows['foreground'] = _paired(*([_nanmean(case[:, i].tolist()) for case in both] for i in (0, 1)))
+    rows['foreground'] = _paired(*(np.array([_nanmean(case[:, i].tolist()) for case in both]) for i in (0, 1)))
     return Comparison(tuple(names), metric, labels, values, rows)
 
 # %% ../nbs/60_metrics.ipynb #c2d05138
