@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PredictionError', 'PredictionWarning', 'Folds', 'Predictor', 'unlike_training', 'label_map_to_original_grid',
-           'case_sentence']
+           'Relay', 'case_sentence']
 
 # %% ../nbs/64_prediction.ipynb #727d004d
 import contextlib, glob, hashlib, json, queue, sys, tempfile, warnings, zipfile
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from .checkpoints import load_checkpoint
 from .cropping import uncrop
 from .dataset import find_cases
-from .export import probabilities_to_original_grid, save_label_map, to_original_grid, write_probabilities
+from .export import MAPS, export_case, probabilities_to_original_grid, save_label_map, to_original_grid
 from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_image, read_label_map
 from .labels import Labels
 from .network import build_network
@@ -29,7 +29,7 @@ from .optimization import choose_device, choose_precision
 from .planning import Plans
 from .preprocessing import preprocess_case
 from .resampling import resample_label_map, separate_axis
-from .sliding_window import sliding_window_slabs
+from .sliding_window import predict_sliding_window, sliding_window_slabs
 from .workers import check_writable, parallel_map, read_json, remove_stale_parts, write_json
 
 # %% ../nbs/64_prediction.ipynb #8fe47809
@@ -203,20 +203,32 @@ def _named(function):
 
 # %% ../nbs/64_prediction.ipynb #e4c4804b
 @patch
+def _question(self:Predictor, data, previous=None, direction=None):
+    "What the window needs to know, as arguments by name"
+    c = self.configuration
+    if c.previous_stage:
+        if previous is None: raise PredictionError('the second stage of a cascade needs the label map of the first', expected=f'a prediction of {c.previous_stage}')
+        data = np.concatenate([data, [previous == label for label in sorted(self.labels.foreground)]], dtype=np.float32)
+    return dict(image=data, patch_size=c.patch_size, n_outputs=self.labels.n_outputs, step_size=self.step_size, mirror_axes=self._axes_of(direction), device=self.device,
+                precision=self.precision, regions=bool(self.labels.regions), batch_size=self.batch_size, accumulate=self.accumulate, progress=self.progress)
+
+# %% ../nbs/64_prediction.ipynb #a47aa042
+@patch
 def predict_slabs(self:Predictor,
     data:np.ndarray,          # (C, Z, Y, X) float32 from `preprocess_case`
     previous:np.ndarray=None, # (Z, Y, X) label map of the stage before, class indices; needed by a cascade's second stage
     direction=None,           # 9 floats of the `Geometry`; needed where mirror axes are named
 ):                            # Yields (start, probabilities): (K, n, Y, X) float32, the planes of the plan's first axis in order
     "Average the networks' sliding-window probabilities, slab by slab; raises `PredictionError`"
-    if self.configuration.previous_stage:
-        if previous is None: raise PredictionError('the second stage of a cascade needs the label map of the first', expected=f'a prediction of {self.configuration.previous_stage}')
-        data = np.concatenate([data, [previous == label for label in sorted(self.labels.foreground)]], dtype=np.float32)
-    yield from sliding_window_slabs(
-        self.networks, data, self.configuration.patch_size, self.labels.n_outputs, step_size=self.step_size, mirror_axes=self._axes_of(direction),
-        device=self.device, precision=self.precision, regions=bool(self.labels.regions), batch_size=self.batch_size, accumulate=self.accumulate, progress=self.progress)
+    question = self._question(data, previous, direction)
+    if self.whole_image:
+        try: return (yield from sliding_window_slabs(self.networks, **question, whole_image=True))
+        except SegnbError as error:
+            if not isinstance(error.__cause__, torch.OutOfMemoryError): raise
+        warnings.warn('the whole image does not fit into the memory of the device: it is predicted window by window', PredictionWarning, stacklevel=2)
+    yield from sliding_window_slabs(self.networks, **question)
 
-# %% ../nbs/64_prediction.ipynb #a47aa042
+# %% ../nbs/64_prediction.ipynb #1139e75f
 @patch
 def predict_preprocessed(self:Predictor,
     data:np.ndarray,          # (C, Z, Y, X) float32 from `preprocess_case`
@@ -224,9 +236,8 @@ def predict_preprocessed(self:Predictor,
     direction=None,           # 9 floats of the `Geometry`; needed where mirror axes are named
 )->np.ndarray:                # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
     "Average the networks' sliding-window probabilities; raises `PredictionError`"
-    out = np.empty((self.labels.n_outputs, *np.shape(data)[1:]), np.float32)
-    for start, slab in self.predict_slabs(data, previous, direction): out[:, start:start + slab.shape[1]] = slab
-    return out
+    if not self.whole_image: return predict_sliding_window(self.networks, **self._question(data, previous, direction))
+    return np.concatenate([slab for _, slab in self.predict_slabs(data, previous, direction)], 1)
 
 # %% ../nbs/64_prediction.ipynb #74462eed
 def _check_image(array, plans, configuration, case=None):
@@ -280,18 +291,14 @@ def _make_ready(array, spacing, plans, configuration, case=None, geometry=None, 
     return _Ready(data, properties, geometry, tuple(unlike_training(array, plans)))
 
 @patch
-def _finish(self:Predictor, slabs, ready):
+def _finish(self:Predictor, slabs, properties):
     "Label map on the grid of the image, from slabs or from probabilities"
-    if self.mode == 'normal': labels = _way_back(slabs, ready.properties, self.labels, self.export_order, self.export_order_z)
+    if self.mode == 'normal': labels = to_original_grid(slabs, properties, self.labels, order=self.export_order, order_z=self.export_order_z)
     else:
-        decided = np.zeros(ready.properties['shape_after_resampling'], np.int16)
-        for start, slab in slabs: decided[start:start + slab.shape[1]] = _decide(slab, self.labels)
-        labels = label_map_to_original_grid(decided, ready.properties, self.labels, order=1 if self.mode == 'fast' else 0)
-    return labels if self.postprocess is None else self.postprocess(labels, ready.properties['spacing'])
-
-def _way_back(slabs, properties, labels, order, order_z):
-    if not isinstance(slabs, np.ndarray): slabs = np.concatenate([p for _, p in slabs], 1)
-    return to_original_grid(slabs, properties, labels)
+        decided = np.zeros(properties['shape_after_resampling'], np.int16)
+        for start, slab in [(0, slabs)] if isinstance(slabs, np.ndarray) else slabs: decided[start:start + slab.shape[1]] = _decide(slab, self.labels)
+        labels = label_map_to_original_grid(decided, properties, self.labels, order=1 if self.mode == 'fast' else 0)
+    return labels if self.postprocess is None else self.postprocess(labels, tuple(properties['spacing']))
 
 def _decide(slab, labels):
     "The class of every voxel of a slab"
@@ -329,45 +336,39 @@ def predict(self:Predictor,
     ready = _make_ready(array, spacing, self.plans, self.configuration, previous=None if previous is None else self.labels.encode(previous))
     for words in ready.words: warnings.warn(words, PredictionWarning, stacklevel=2)
     asked = ready.data, ready.properties.get('previous'), direction
-    if not return_probabilities: return self._finish(self.predict_slabs(*asked), ready)
+    if not return_probabilities: return self._finish(self.predict_slabs(*asked), ready.properties)
     probabilities = self.predict_preprocessed(*asked)
-    labels = self._finish(probabilities if self.mode == 'normal' else [(0, probabilities)], ready)
+    labels = self._finish(probabilities, ready.properties)
     return labels, probabilities_to_original_grid(probabilities, ready.properties, bool(self.labels.regions))
 
 # %% ../nbs/64_prediction.ipynb #be46197a
-class _Kept:
-    "Pass slabs on, and keep them as float16 in a file that has no name and vanishes with the process"
-    def __init__(self, slabs, shape, folder):
-        self.slabs, self.file = slabs, tempfile.TemporaryFile(dir=folder)
-        self.array = np.memmap(self.file, np.float16, 'w+', shape=shape)
+@patch
+def bring_home(self:Predictor,
+    slabs,                   # What `predict_slabs` gives, or probabilities (K, Z, Y, X)
+    properties:dict,         # Of the preprocessed case
+    geometry,                # `Geometry` of the image
+    file,                    # Label map to write, last of all
+    probabilities_file=None, # .npz to write, see `write_probabilities`; None: they are forgotten
+    maps:tuple=(),           # Images to write beside the label map: 'entropy', 'margin', 'probability': see `write_maps`
+)->np.ndarray:               # The label map written
+    "Do all that comes after the network: decide, post-process, write; raises `SegnbError`"
+    file = Path(file)
+    if self.mode == 'normal':
+        return export_case(slabs, properties, self.labels, geometry, file, probabilities_file=probabilities_file, maps=tuple(maps), maps_prefix=file.with_name(_stem(file)),
+                           order=self.export_order, order_z=self.export_order_z, postprocess=self.postprocess)
+    self._refuse_probabilities(probabilities_file or maps)
+    labels = self._finish(slabs, properties)
+    save_label_map(labels, geometry, file)
+    return labels
 
-    def __iter__(self):
-        for start, slab in self.slabs:
-            self.array[:, start:start + slab.shape[1]] = slab
-            yield start, slab
-
-    def close(self):
-        del self.array
-        self.file.close()
+@patch
+def _refuse_probabilities(self:Predictor, wanted):
+    if wanted and self.mode != 'normal':
+        raise PredictionError(f'the mode {self.mode} forgets probabilities', expected="mode 'normal' where probabilities or maps are wanted")
 
 def _stem(target): return target.name.removesuffix(image_ending(target))
 
-@patch
-def _bring_home(self:Predictor, slabs, ready, target, save_probabilities=False, maps=()):
-    "All that comes after the network: decide, post-process, write"
-    target, kept = Path(target), None
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if save_probabilities or maps: slabs = kept = _Kept(slabs, (self.labels.n_outputs, *ready.properties['shape_after_resampling']), target.parent)
-    try:
-        labels = self._finish(slabs, ready)
-        if save_probabilities: write_probabilities(kept.array, ready.properties, target.with_name(_stem(target) + '.npz'))
-        if maps:
-            from segnb.export import write_maps
-            write_maps(kept.array, ready.properties, self.labels, ready.geometry, target.with_name(_stem(target)), maps=tuple(maps))
-    finally:
-        if kept: kept.close()
-    save_label_map(labels, ready.geometry, target)
-    return labels
+def _beside(target): return target.with_name(_stem(target) + '.npz')
 
 # %% ../nbs/64_prediction.ipynb #db5611df
 @patch
@@ -384,7 +385,7 @@ def predict_files(self:Predictor,
     try: ready = _read_ready((None, files, previous), self.plans, self.configuration, self.labels, self.header)
     except PredictionError as error: raise PredictionError(str(error), file=files[0]) from None
     for words in ready.words: warnings.warn(f'{files[0]}: {words}', PredictionWarning, stacklevel=2)
-    return self._bring_home(self._ask(ready), ready, out_file, save_probabilities, maps)
+    return self.bring_home(self._ask(ready), ready.properties, ready.geometry, out_file, _beside(Path(out_file)) if save_probabilities else None, maps)
 
 @patch
 def _ask(self:Predictor, ready):
@@ -421,13 +422,15 @@ def _cases_of(source, plans, file_ending):
     "{case: files in the order of the model}"
     if isinstance(source, Mapping): return {str(case): _in_order(files, None, plans.channels) for case, files in source.items()}
     source, wanted = Path(source), [c.lower() for c in plans.channels]
-    told = _channels_told(source)
-    named = [c.lower() for c in told or plans.channels]
+    told = _channels_told(source) or plans.channels
+    named, words = [c.lower() for c in told], None
     if not set(named) & set(wanted) or len(set(wanted)) < len(wanted):
-        if named != wanted: warnings.warn(f"the images are {', '.join(told)}, the model was trained on {', '.join(plans.channels)}", PredictionWarning, stacklevel=4)
+        if named != wanted: words = f"the images are {', '.join(told)}, the model was trained on {', '.join(plans.channels)}"
         named = wanted
-    elif named != wanted: warnings.warn(f"the images are {', '.join(told)}; the model gets {', '.join(plans.channels)}, by their names", PredictionWarning, stacklevel=4)
-    return {case: _in_order(files, named, wanted) for case, files in find_cases(source, len(named), file_ending).items()}
+    elif named != wanted: words = f"the images are {', '.join(told)}; the model gets {', '.join(plans.channels)}, by their names"
+    cases = {case: _in_order(files, named, wanted) for case, files in find_cases(source, len(named), file_ending).items()}
+    if words: warnings.warn(words, PredictionWarning, stacklevel=4)
+    return cases
 
 @patch
 def _jobs(self:Predictor, source, out, file_ending, previous, part_id, num_parts):
@@ -463,7 +466,7 @@ def _claim(self:Predictor, out, jobs, overwrite):
     known = read_json(note) if note.exists() else None
     if overwrite:
         for job in jobs:
-            for name in _products(job, True, ('entropy', 'margin', 'probability')):
+            for name in _products(job, True, MAPS):
                 for file in out.glob(_literal(name)): file.unlink(missing_ok=True)
         if known != made: note.unlink(missing_ok=True)
     elif known is None:
@@ -501,9 +504,12 @@ def _in_process(job, make, store):
     file.unlink()
     return ready._replace(data=data)
 
-class _Relay:
+class Relay:
     "Hand slabs to another thread, which brings them home; no more than one waits"
-    def __init__(self, pool, work):
+    def __init__(self,
+        pool,   # Executor whose thread works
+        work,   # Function of an iterator of slabs; its result is that of `.future`
+    ):
         self.queue = queue.Queue(1)
         self.future = pool.submit(work, self._slabs())
 
@@ -517,10 +523,11 @@ class _Relay:
             with contextlib.suppress(queue.Full): return self.queue.put(item, timeout=.1)
 
     def send(self, slabs):
+        "Pass on all slabs; an error of theirs ends the work, too"
         try:
             for start, slab in slabs:
                 if self.future.done(): break # it has failed
-                self._put((start, np.array(slab)))
+                self._put((start, slab))
             self._put(None)
         except BaseException as error:
             self._put(error)
@@ -543,6 +550,7 @@ def predict_folder(self:Predictor,
     previous=None,                # Folder with the label maps of the stage before, `<case>.nii.gz`
 )->list:                          # Label map files, one a case of this part
     "Segment every case of a folder; a failing case is named at the end and the others go on; raises `PredictionError`"
+    self._refuse_probabilities(save_probabilities or maps)
     jobs, out = self._jobs(source, out, file_ending, previous, part_id, num_parts), Path(out)
     check_writable(out)
     remove_stale_parts(out)
@@ -557,13 +565,18 @@ def predict_folder(self:Predictor,
 
 # %% ../nbs/64_prediction.ipynb #93cdd1d5
 @patch
+def _overlaps(self:Predictor, n_workers):
+    "Whether the next case is prepared and the last one brought home while this one is predicted"
+    return self.device.type != 'cpu' if n_workers is None else n_workers > 0
+
+@patch
 def _run(self:Predictor, jobs, out, made, progress, n_workers, save_probabilities, maps):
     "Predict and write cases; {case: what went wrong} of those that failed"
     failed, waiting = {}, None
-    meanwhile = self.device.type != 'cpu' if n_workers is None else n_workers > 0
+    meanwhile = self._overlaps(n_workers)
     def write(slabs, job, ready):
         if not (out/'made_with.json').exists(): write_json(made, out/'made_with.json')
-        self._bring_home(slabs, ready, job.target, save_probabilities, maps)
+        self.bring_home(slabs, ready.properties, ready.geometry, job.target, _beside(job.target) if save_probabilities else None, maps)
     def finish(job, wait):
         try: wait()
         except Exception as error: failed[job.case] = case_sentence(job.case, error)
@@ -577,7 +590,7 @@ def _run(self:Predictor, jobs, out, made, progress, n_workers, save_probabilitie
                 if isinstance(ready, Exception): raise ready
                 for words in ready.words: warnings.warn(f'{job.case}: {words}', PredictionWarning, stacklevel=4)
                 if meanwhile:
-                    relay = _Relay(pool, partial(write, job=job, ready=ready._replace(data=None)))
+                    relay = Relay(pool, partial(write, job=job, ready=ready._replace(data=None)))
                     relay.send(self._ask(ready))
                 else: write(self._ask(ready), job, ready)
             except Exception as error: failed[job.case] = case_sentence(job.case, error)

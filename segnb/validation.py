@@ -6,18 +6,17 @@
 __all__ = ['ValidationError', 'predict_case', 'validate_fold']
 
 # %% ../nbs/65_validation.ipynb #876b0d1d
-import contextlib, hashlib, sys
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 import numpy as np
 from tqdm import tqdm
 from .checkpoints import load_checkpoint
 from .distributed import all_gather, close_world, only_main, start_world, wait_for_all
-from .export import read_probabilities, save_label_map, to_original_grid, write_probabilities
-from .image import Geometry, SegnbError, image_ending, read_label_map, write_label_map
-from .metrics import evaluate_case, evaluate_folder
-from .prediction import Predictor
+from .export import read_probabilities, write_probabilities
+from .image import Geometry, SegnbError, image_ending
+from .metrics import evaluate_folder
+from .prediction import Predictor, Relay, case_sentence
 from .preprocessing import load_preprocessed, preprocessing_identity
 from .workers import check_writable, read_json, remove_stale_parts, write_json
 
@@ -52,16 +51,16 @@ def predict_case(
     case,                    # `PreprocessedCase`; for the second stage of a cascade with the map of the first
     file,                    # Label map to write, on the grid of the original image
     probabilities_file=None, # .npz to write before it, with the probabilities; None: they are forgotten
-    write=lambda job: job(), # Called with the function that writes; a pool's `submit` lets it happen meanwhile
-):                           # What `write` returns
+    pool=None,               # Executor whose thread writes what is ready while the network goes on; None: one after the other
+):                           # The label map; with a pool its future
     "Predict a preprocessed case and write its label map on the original grid"
-    previous = case.previous
-    probabilities = predictor.predict_preprocessed(np.array(case.data), previous if previous is None else np.array(previous))
-    def job():
-        labels = to_original_grid(probabilities, case.properties, predictor.labels)
-        if probabilities_file is not None: write_probabilities(probabilities, case.properties, probabilities_file)
-        save_label_map(labels, Geometry.from_dict(case.properties['geometry']), file)
-    return write(job)
+    geometry = Geometry.from_dict(case.properties['geometry'])
+    slabs = predictor.predict_slabs(case.data, case.previous, geometry.direction)
+    def write(slabs): return predictor.bring_home(slabs, case.properties, geometry, file, probabilities_file)
+    if pool is None: return write(slabs)
+    relay = Relay(pool, write)
+    relay.send(slabs)
+    return relay.future
 
 # %% ../nbs/65_validation.ipynb #be945ef0
 def validate_fold(
@@ -84,7 +83,7 @@ def validate_fold(
         predictor = Predictor.from_folder(model, folds=[fold], device=world.device, checkpoint=checkpoint, **options)
         cases = _held_back(model, fold, checkpoint, preprocessed, predictor)
         out = model/f'fold_{fold}'/('validation' if checkpoint == 'final' else f'validation_{checkpoint}')
-        made = _made_with(predictor, model/f'fold_{fold}'/f'checkpoint_{checkpoint}.pt')
+        made = _made_with(predictor)
         only_main(_tidy)(out, cases, made, overwrite)
         mine = {name: cases[name] for name in world.divide(cases) if not _there(out, name, cases[name], save_probabilities)}
         background = predictor.device.type != 'cpu' if background is None else background
@@ -99,12 +98,10 @@ def validate_fold(
         raise
 
 # %% ../nbs/65_validation.ipynb #00e114ea
-def _made_with(predictor, file):
+def _made_with(predictor):
     "What the predictions depend on"
-    digest = hashlib.sha256()
-    for k, v in sorted(predictor.networks[0].state_dict().items()): digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
-    return {'checkpoint': file.name, 'epoch': load_checkpoint(file)['epoch'], 'weights': digest.hexdigest(), 'step_size': predictor.step_size,
-            'mirror_axes': list(predictor.mirror_axes), 'precision': predictor.precision}
+    [source] = predictor.sources
+    return predictor.made_with() | {k: source[k] for k in ('checkpoint', 'epoch', 'weights')}
 
 def _kept(out, case): return out/f'{case.case}.npz'
 
@@ -128,50 +125,21 @@ def _predict_all(predictor, cases, out, probabilities, background, progress):
     "Predict and write cases; what failed, one sentence each"
     failed, waiting = [], None
     def finish(case, job):
-        try: job() if callable(job) else None
-        except Exception as error: failed.append(_sentence(case, error))
-    shown, write = {True: None, False: True}.get(progress, False), {}
-    with ThreadPoolExecutor(1) as pool, tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable=shown) as bar:
-        if background: write = {'write': pool.submit}
+        try: job.result()
+        except Exception as error: failed.append(case_sentence(case.case, error))
+    with ThreadPoolExecutor(1) as pool, tqdm(cases.items(), desc='validating', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)) as bar:
         for name, case in bar:
             job = None
-            try: job = predict_case(predictor, case, out/name, _kept(out, case) if probabilities else None, **write)
-            except Exception as error: failed.append(_sentence(case, error))
+            try: job = predict_case(predictor, case, out/name, _kept(out, case) if probabilities else None, *([pool] if background else []))
+            except Exception as error: failed.append(case_sentence(case.case, error))
             if waiting: finish(*waiting) # so that no more than two cases are in memory
-            waiting = (case, job.result) if job else None
+            waiting = (case, job) if background and job else None
         if waiting: finish(*waiting)
     return failed
-
-def _sentence(case, error):
-    if str(error).startswith(f'case {case.case}'): return str(error)
-    kind = '' if isinstance(error, (SegnbError, OSError)) else f'{type(error).__name__}: '
-    advice = ' (the device ran out of memory: predict on the CPU, or with a larger step_size or precision fp16)' if 'out of memory' in str(error).lower() else ''
-    return f'{case.case}: {kind}{error}{advice}'
 
 # %% ../nbs/65_validation.ipynb #7f9b6ace
 def _score(out, reference, cases, labels, n_workers, about):
     "Score all predictions of the folder and write summary.json"
-    names = [case.case for case in cases.values()]
-    with TemporaryDirectory() if labels.ignore is not None else contextlib.nullcontext(out) as asked:
-        if labels.ignore is not None:
-            for name in cases: _blank(reference/name, out/name, Path(asked)/name, labels.values[labels.ignore])
-        result = evaluate_folder(reference, asked, labels, cases=names, n_workers=n_workers, progress=False)
-        if labels.regions: result['regions'] = _region_scores({case.case: (reference/name, Path(asked)/name) for name, case in cases.items()}, labels)
+    result = evaluate_folder(reference, out, labels, cases=[case.case for case in cases.values()], n_workers=n_workers, progress=False)
     write_json(result | about, out/'summary.json')
     return result | about
-
-def _blank(truth, answer, file, ignore):
-    "Copy a prediction with background where there is no truth"
-    labels, geometry = read_label_map(answer)
-    labels[read_label_map(truth)[0] == ignore] = 0
-    write_label_map(labels, geometry, file)
-
-def _region_scores(pairs, labels):
-    "Scores of each region: {'cases': {case: {region: scores}}, 'mean': {region: Dice}}"
-    values = {region: [labels.values[k] for k in classes] for region, classes in labels.regions.items()}
-    cases = {}
-    for case, files in pairs.items():
-        maps = [read_label_map(file)[0] for file in files]
-        cases[case] = {region: evaluate_case(*(np.isin(m, v).astype(np.uint8) for m in maps), (1,))[1] for region, v in values.items()}
-    dice = {region: [scores[region]['dice'] for scores in cases.values()] for region in values}
-    return {'cases': cases, 'mean': {r: float(np.nanmean(d)) if not np.isnan(d).all() else float('nan') for r, d in dice.items()}}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from segnb import validation
+from segnb import export, validation
 from segnb.dataset import Dataset
 from segnb.fingerprint import extract_fingerprint
 from segnb.export import to_original_grid
@@ -44,7 +44,7 @@ def test_the_summary_is_what_the_files_say(work):
         truth, grid = read_label_map(SAMPLE/'labelsTr'/f'{case}.nii.gz')
         answer, other = read_label_map(work/'model'/'fold_0'/'validation'/f'{case}.nii.gz')
         assert not other.differences(grid)
-        np.testing.assert_equal(scores, evaluate_case(truth, answer, (1, 2, 3)))
+        np.testing.assert_equal(scores, evaluate_case(truth, answer, (1, 2, 3), grid.spacing))
     assert set(json.loads((work/'model'/'fold_0'/'validation'/'summary.json').read_text())['cases']) == {'ct_000', 'ct_007'}
 
 
@@ -137,10 +137,10 @@ def test_probabilities_missing_from_an_earlier_run_are_made(work):
 
 
 def test_a_full_disk_leaves_no_half_file(work, monkeypatch):
-    def full(file, **arrays):
+    def full(file, *header):
         file.write(b'half')
         raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(validation.np, 'savez_compressed', full)
+    monkeypatch.setattr(np.lib.format, 'write_array_header_1_0', full)
     with pytest.raises(ValidationError, match='2 of 2 cases failed.*No space left'): validate_fold(work/'model', 0, work/'pre', save_probabilities=True, **QUICK)
     assert sorted(stamps(work/'model'/'fold_0'/'validation')) == ['made_with.json']
 
@@ -157,11 +157,11 @@ def test_writing_in_the_background_writes_the_same(work, monkeypatch):
     files = {p.name: p.read_bytes() for p in out.glob('*.nii.gz')}
     there = validate_fold(work/'model', 0, work/'pre', save_probabilities=True, background=True, **QUICK)
     assert here['cases'] == there['cases'] and files == {p.name: p.read_bytes() for p in out.glob('*.nii.gz')} and len(list(out.glob('*.npz'))) == 2
-    save = validation.save_label_map
+    save = export.save_label_map
     def fails_once(labels, geometry, file):
         if 'ct_000' in str(file): raise OSError('the network drive is gone')
         save(labels, geometry, file)
-    monkeypatch.setattr(validation, 'save_label_map', fails_once)
+    monkeypatch.setattr(export, 'save_label_map', fails_once)
     with pytest.raises(ValidationError, match='1 of 2 cases failed.*ct_000: the network drive is gone'): validate_fold(work/'model', 0, work/'pre', background=True, **QUICK)
     assert (out/'ct_007.nii.gz').exists()
 
@@ -226,22 +226,24 @@ def variant(tmp_path, source, name, json_changes=None, labels=lambda m: m, **cha
 
 
 def answers(tmp_path, dataset, result):
-    for case in result['cases']: yield case, read_label_map(dataset.label_file(case))[0], read_label_map(tmp_path/'model'/'fold_0'/'validation'/f'{case}.nii.gz')[0]
+    for case in result['cases']:
+        truth, grid = read_label_map(dataset.label_file(case))
+        yield case, truth, read_label_map(tmp_path/'model'/'fold_0'/'validation'/f'{case}.nii.gz')[0], grid.spacing
 
 
 @pytest.mark.parametrize('name, changes', [('2d', {}), ('3d_fullres', dict(architecture='residual', blocks_per_stage_encoder=(1, 1), blocks_per_stage_decoder=(1,)))])
 def test_slices_and_residual_networks(tmp_path, name, changes):
     dataset, result = variant(tmp_path, SAMPLE, name, **changes)
     assert list(result['cases']) == ['ct_000', 'ct_007']
-    for case, truth, answer in answers(tmp_path, dataset, result): np.testing.assert_equal(result['cases'][case], evaluate_case(truth, answer, (1, 2, 3)))
+    for case, truth, answer, spacing in answers(tmp_path, dataset, result): np.testing.assert_equal(result['cases'][case], evaluate_case(truth, answer, (1, 2, 3), spacing))
 
 
 def test_regions_are_scored_as_regions(tmp_path):
     wanted = {'labels': {'background': 0, 'whole': [1, 2, 3], 'core': [2, 3]}, 'regions_class_order': [1, 2]}
     dataset, result = variant(tmp_path, SAMPLE, '3d_fullres', wanted, labels=lambda m: np.minimum(m, 2))
     values = {r: [dataset.labels.values[k] for k in ks] for r, ks in dataset.labels.regions.items()}
-    for case, truth, answer in answers(tmp_path, dataset, result):
-        for region, v in values.items(): assert result['regions']['cases'][case][region] == pytest.approx(evaluate_case(np.isin(truth, v).astype(int), np.isin(answer, v).astype(int), (1,))[1], nan_ok=True)
+    for case, truth, answer, spacing in answers(tmp_path, dataset, result):
+        for region, v in values.items(): assert result['regions']['cases'][case][region] == pytest.approx(evaluate_case(np.isin(truth, v).astype(int), np.isin(answer, v).astype(int), (1,), spacing)[1], nan_ok=True)
     assert set(result['regions']['mean']) == {'whole', 'core'} and json.loads((tmp_path/'model'/'fold_0'/'validation'/'summary.json').read_text())['regions']['mean']
 
 
@@ -251,10 +253,10 @@ def test_voxels_without_truth_are_not_scored(tmp_path):
         return m
     dataset, result = variant(tmp_path, SAMPLE, '3d_fullres', {'labels': {'background': 0, 'organ': 1, 'lesion': 2, 'other organ': 3, 'ignore': 4}}, labels=unknown)
     blanked = False
-    for case, truth, answer in answers(tmp_path, dataset, result):
+    for case, truth, answer, spacing in answers(tmp_path, dataset, result):
         blanked |= bool((answer[truth == 4] > 0).any())
-        np.testing.assert_equal(result['cases'][case], evaluate_case(truth, np.where(truth == 4, 0, answer), (1, 2, 3)))
-    assert blanked or all(not (answer > 0).any() for *_, answer in answers(tmp_path, dataset, result)), 'the network answered somewhere without truth'
+        np.testing.assert_equal({k: v['dice'] for k, v in result['cases'][case].items()}, {k: v['dice'] for k, v in evaluate_case(truth, np.where(truth == 4, 0, answer), (1, 2, 3), spacing).items()})
+    assert blanked or all(not (answer > 0).any() for *_, answer, _ in answers(tmp_path, dataset, result)), 'the network answered somewhere without truth'
 
 
 def test_kept_probabilities_feed_the_second_stage_of_a_cascade(work):
