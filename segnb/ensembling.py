@@ -6,42 +6,48 @@
 __all__ = ['EnsembleError', 'average_probabilities', 'ensemble_case', 'probability_files', 'ensemble_probabilities']
 
 # %% ../nbs/71_ensembling.ipynb #42664e79
-import zipfile
+import contextlib, json, tempfile, zipfile, zlib
 from pathlib import Path
 import numpy as np
-from .export import probabilities_to_original_grid, read_probabilities, save_label_map, to_original_grid, write_probabilities
+from .export import probabilities_to_original_grid, save_label_map, to_original_grid, write_probabilities
 from .image import Geometry, SegnbError
 from .labels import Labels
 from .postprocessing import apply_postprocessing, validation_files
 from .workers import check_writable, parallel_map, read_json, remove_stale_parts, write_json
 
-# %% ../nbs/71_ensembling.ipynb #738a031f
+# %% ../nbs/71_ensembling.ipynb #a970b541
 class EnsembleError(SegnbError):
     "Say why predictions cannot be averaged"
 
 def _weights(weights, n):
-    "Weights that sum to 1, one a member"
+    "A weight for each member; all 1 where none are given, so that a plain mean is a sum and one division"
     w = np.ones(n) if weights is None else np.asarray(weights, float)
     if w.shape != (n,) or not (np.isfinite(w).all() and (w >= 0).all() and w.any()):
         raise EnsembleError('the weights do not fit', found=None if weights is None else list(weights), expected=f'{n} numbers of at least 0, not all 0')
-    return (w/w.sum()).astype(np.float32)
+    return w.astype(np.float32)
 
-# %% ../nbs/71_ensembling.ipynb #62f5e1b3
+def _mean_classes(members, weights):
+    "Yield the weighted mean of each class, (Z, Y, X) float32; members are arrays, or read class by class"
+    for maps in zip(*members):
+        mean = np.multiply(maps[0], weights[0], dtype=np.float32)
+        for p, w in zip(maps[1:], weights[1:]): mean += np.multiply(p, w, dtype=np.float32)
+        mean /= weights.sum()
+        yield mean
+
+# %% ../nbs/71_ensembling.ipynb #92e78092
 def average_probabilities(
     probabilities,  # List of (K, Z, Y, X) on one grid, any float type
     weights=None,   # A number for each, at least 0; None: all count the same
 )->np.ndarray:      # (K, Z, Y, X) float32
     "Average the answers of several networks voxel by voxel; raises `EnsembleError`"
     members = list(probabilities)
-    if len({np.shape(p) for p in members}) != 1:
-        raise EnsembleError('the answers lie on different grids', found=[np.shape(p) for p in members], expected='one shape')
-    weights, out = _weights(weights, len(members)), np.empty(np.shape(members[0]), np.float32)
-    for k in range(len(out)):
-        np.multiply(members[0][k], weights[0], out=out[k], dtype=np.float32)
-        for p, w in zip(members[1:], weights[1:]): out[k] += np.asarray(p[k], np.float32)*w
+    shapes = list(dict.fromkeys(np.shape(p) for p in members))
+    if len(shapes) != 1: raise EnsembleError('the answers lie on different grids', found=shapes, expected='one shape')
+    out = np.empty(shapes[0], np.float32)
+    for into, mean in zip(out, _mean_classes(members, _weights(weights, len(members)))): into[:] = mean
     return out
 
-# %% ../nbs/71_ensembling.ipynb #4ef72c96
+# %% ../nbs/71_ensembling.ipynb #8a4e6879
 def ensemble_case(
     members,            # List of (probabilities (K, Z, Y, X), properties), as `read_probabilities` gives them
     labels,             # `Labels` of the data set
@@ -51,53 +57,87 @@ def ensemble_case(
     "Average the answers about one case, on one grid or on several, and decide; raises `EnsembleError`"
     weights = _weights(weights, len(members))
     _check_members(members, labels)
-    (first, properties), ways = members[0], [_grid(p) for _, p in members]
-    if all(way == ways[0] for way in ways):
-        mean = average_probabilities([p for p, _ in members], weights)
-        return to_original_grid(mean, properties, labels), (mean, properties) if keep else None
-    return _across_grids(members, labels, weights, keep)
+    if any(_grid(way) != _grid(members[0][1]) for _, way in members): return _across_grids(members, labels, weights, keep)
+    mean = _room((labels.n_outputs, *members[0][1]['shape_after_resampling']), np.float32)
+    for into, one in zip(mean, _mean_classes([p for p, _ in members], weights)): into[:] = one
+    return to_original_grid(mean, members[0][1], labels), (mean, members[0][1]) if keep else None
 
 _GRID = ('shape', 'bbox', 'shape_after_crop', 'transpose_backward', 'shape_after_resampling', 'spacing', 'spacing_after_resampling')
-def _grid(properties): return [np.asarray(properties[k], float).tolist() for k in _GRID]
+def _grid(way): return [np.asarray(way[k], float).tolist() for k in _GRID]
 
 def _check_members(members, labels):
     "Raise `EnsembleError` where the members are not about one image and one set of labels"
-    for p, properties in members:
+    first = members[0][1]
+    for p, way in members:
         if len(p) != labels.n_outputs:
-            raise EnsembleError('another number of maps than labels', case=properties.get('identifier'), found=len(p), expected=labels.n_outputs)
-        if tuple(properties['shape']) != tuple(members[0][1]['shape']) or properties.get('geometry') != members[0][1].get('geometry'):
-            raise EnsembleError('the members were made from different images', case=properties.get('identifier'),
-                                found=f"shapes {tuple(properties['shape'])} and {tuple(members[0][1]['shape'])}", expected='one geometry')
+            raise EnsembleError('another number of maps than labels', case=way.get('identifier'), found=len(p), expected=labels.n_outputs)
+        if tuple(way['shape']) != tuple(first['shape']) or way.get('geometry') != first.get('geometry'):
+            raise EnsembleError('the members were made from different images', case=way.get('identifier'),
+                                found=f"shapes {tuple(way['shape'])} and {tuple(first['shape'])}", expected='one geometry')
 
-# %% ../nbs/71_ensembling.ipynb #aaa3b635
+def _room(shape, dtype, most=1 << 30):
+    "An array; above `most` bytes in a nameless file, which goes when nobody holds it"
+    if np.prod(shape)*np.dtype(dtype).itemsize <= most: return np.empty(shape, dtype)
+    return np.memmap(tempfile.TemporaryFile(), dtype, 'w+', shape=tuple(shape))
+
+# %% ../nbs/71_ensembling.ipynb #d5145d48
 def _across_grids(members, labels, weights, keep):
     "Average on the original grid, one class at a time, with a running best"
-    box = tuple(slice(min(p['bbox'][i][0] for _, p in members), max(p['bbox'][i][1] for _, p in members)) for i in range(3))
-    shape = tuple(members[0][1]['shape'])
+    box = tuple(slice(min(way['bbox'][i][0] for _, way in members), max(way['bbox'][i][1] for _, way in members)) for i in range(3))
     decided, best = np.zeros([s.stop - s.start for s in box], np.int16), .5 if labels.regions else -np.inf
-    kept = np.empty((labels.n_outputs, *decided.shape), np.float16) if keep else None
-    for k in range(labels.n_outputs):
+    kept = _room((labels.n_outputs, *decided.shape), np.float16) if keep else None
+    for k, maps in enumerate(zip(*(p for p, _ in members))):
         inside = bool(labels.regions) or k > 0 # outside its box, a member says background
-        mean = sum(w*probabilities_to_original_grid(p[k:k + 1], way, inside)[0][box] for (p, way), w in zip(members, weights))
-        better = mean > best
-        decided[better] = labels.region_order[k] if labels.regions else k
+        mean = np.zeros(decided.shape, np.float32)
+        for p, (_, way), w in zip(maps, members, weights): mean += w*probabilities_to_original_grid(p[None], way, inside)[0][box]
+        mean /= weights.sum()
+        decided[mean > best] = labels.region_order[k] if labels.regions else k
         if not labels.regions: best = np.maximum(best, mean)
         if keep: kept[k] = mean
-    out = np.zeros(shape, np.int16)
+    out = np.zeros(members[0][1]['shape'], np.int16)
     out[box] = decided
-    return labels.decode(out), (kept, _no_way_back(members[0][1], box)) if keep else None
+    return labels.decode(out), (kept, _at_home(members[0][1], box)) if keep else None
 
-def _no_way_back(properties, box):
+def _at_home(way, box):
     "The properties of probabilities that lie on the original grid already"
     size = [s.stop - s.start for s in box]
-    return {**properties, 'bbox': [[s.start, s.stop] for s in box], 'shape_after_crop': size, 'shape_after_resampling': size,
-            'spacing_after_resampling': list(properties['spacing']), 'transpose_forward': [0, 1, 2], 'transpose_backward': [0, 1, 2]}
+    return {**way, 'bbox': [[s.start, s.stop] for s in box], 'shape_after_crop': size, 'shape_after_resampling': size,
+            'spacing_after_resampling': list(way['spacing']), 'transpose_forward': [0, 1, 2], 'transpose_backward': [0, 1, 2]}
+
+# %% ../nbs/71_ensembling.ipynb #c2b9d206
+class _Kept:
+    "Kept probabilities of a file, read class by class as they are asked for"
+    def __init__(self, file):
+        self.file = file
+        with self._open() as (f, self.shape, dtype, self.way): pass
+
+    def __len__(self): return self.shape[0]
+
+    def __iter__(self):
+        with self._open() as (f, shape, dtype, _):
+            n = int(np.prod(shape[1:]))*dtype.itemsize
+            for _ in range(shape[0]):
+                if len(one := f.read(n)) != n: raise EOFError('the file ends too early')
+                yield np.frombuffer(one, dtype).reshape(shape[1:])
+
+    @contextlib.contextmanager
+    def _open(self):
+        try:
+            with zipfile.ZipFile(self.file) as archive, archive.open('probabilities.npy') as f:
+                with archive.open('properties.npy') as text: way = json.loads(str(np.lib.format.read_array(text)))
+                np.lib.format.read_magic(f)
+                shape, by_column, dtype = np.lib.format.read_array_header_1_0(f)
+                if by_column or len(shape) != 4: raise ValueError(f'an array of shape {shape}')
+                yield f, shape, dtype, way
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            if isinstance(error, SegnbError): raise
+            raise EnsembleError('the probabilities cannot be read', file=self.file, found=str(error), fix='predict again with save_probabilities=True') from error
 
 # %% ../nbs/71_ensembling.ipynb #78797f46
 def probability_files(
-    source,   # Folder with <case>.npz, the folder of a configuration with its folds, or {case: file}
+    source,     # Folder with <case>.npz, the folder of a configuration with its folds, or {case: file}
     folds=None, # Numbers of the folds, where there are some; None: all
-)->dict:      # {case: Path}, sorted
+)->dict:        # {case: Path}, sorted
     "Find kept probabilities; raises `EnsembleError` for a folder without, or a case whose were not kept"
     if isinstance(source, dict): return dict(sorted(source.items()))
     source = Path(source)
@@ -131,13 +171,13 @@ def ensemble_probabilities(
     weights, labels = _weights(weights, len(sources)), labels or _found_labels(sources)
     raw = check_writable(out/'not_postprocessed') if postprocessing is not None else out
     matched = _matched(sources, folders, cases)
-    made = {'members': [_origin(files.values()) for files in sources], 'weights': weights.tolist()}
+    for files in matched.values(): _check_members([(m, m.way) for m in map(_Kept, files)], labels) # before hours of work
+    made = {'members': [_origin(files.values()) for files in sources], 'weights': (weights/weights.sum()).tolist()}
     remove_stale_parts(raw)
-    fresh = not overwrite and (raw/'made_with.json').exists() and read_json(raw/'made_with.json') == made
-    tasks = {case: (files, raw/f'{case}{file_ending}', labels, weights, save_probabilities) for case, files in matched.items()
-             if not (fresh and _newer(raw, case, file_ending, files, save_probabilities))}
-    if not fresh:
-        for task in tasks.values(): task[1].unlink(missing_ok=True)
+    fresh = not overwrite and (raw/'made_with.json').exists() and read_json(raw/'made_with.json') == json.loads(json.dumps(made))
+    tasks = {case: (files, raw/f'{case}{file_ending}', raw/f'{case}.npz' if save_probabilities else None, labels, weights) for case, files in matched.items()}
+    tasks = {case: task for case, task in tasks.items() if not (fresh and _newer(task[0], task[1:3]))}
+    for task in tasks.values(): task[1].unlink(missing_ok=True) # so that what is there is of one making
     write_json(made, raw/'made_with.json')
     parallel_map(_ensemble_files, list(tasks.values()), n_workers=n_workers, names=list(tasks), step='ensembling', progress=progress,
                  memory=[_memory(task[0]) for task in tasks.values()])
@@ -153,9 +193,9 @@ def _matched(sources, folders, cases):
     wanted = sorted(set().union(*sources) if cases is None else cases)
     for number, (files, folder) in enumerate(zip(sources, folders), 1):
         if lost := [c for c in wanted if c not in files]:
-            raise EnsembleError(f'member {number} lacks {len(lost)} case(s) that others have', case=', '.join(lost[:5]),
-                                file=None if isinstance(folder, dict) else folder, fix='predict them with save_probabilities=True, or name the cases')
-    return {case: [files[case] for files in sources] for case in wanted}
+            raise EnsembleError(f'member {number} lacks {len(lost)} case(s)', case=', '.join(lost[:5]), file=None if isinstance(folder, dict) else folder,
+                                expected='the same cases in every member', fix='predict them with save_probabilities=True, or name the cases')
+    return {case: [Path(files[case]) for files in sources] for case in wanted}
 
 def _found_labels(sources):
     "The labels of the dataset.json beside the files or up to three folders above; all members must agree"
@@ -170,26 +210,27 @@ def _found_labels(sources):
         raise EnsembleError('the members were trained with different labels', file=different[0], expected=f'those of {one}')
     return labels
 
+# %% ../nbs/71_ensembling.ipynb #43a78472
 def _origin(files):
     "What made the files of one member, as far as their folders tell"
     folders = sorted({Path(f).parent for f in files})
     return [{'folder': folder.name, **(read_json(note) if (note := folder/'made_with.json').exists() else {})} for folder in folders]
 
-def _newer(out, case, ending, files, probabilities):
-    "Whether the results of a case are there and younger than what they are made from"
-    results = [out/f'{case}{ending}'] + [out/f'{case}.npz'] * probabilities
-    return all(r.exists() for r in results) and min(r.stat().st_mtime_ns for r in results) >= max(Path(f).stat().st_mtime_ns for f in files)
+def _newer(files, results):
+    "Whether the results of a case are there, none older than what they are made from"
+    results = [r for r in results if r]
+    return all(r.exists() for r in results) and min(r.stat().st_mtime_ns for r in results) >= max(f.stat().st_mtime_ns for f in files)
 
 def _memory(files):
-    "Bytes that averaging one case takes: its unpacked members, their mean and what a decision needs"
-    try: sizes = [sum(i.file_size for i in zipfile.ZipFile(f).infolist()) for f in files]
-    except (OSError, zipfile.BadZipFile): return 0 # reading it will say why
-    return sum(sizes) + 4*max(sizes)
+    "Bytes that averaging one case takes: the mean, or a few maps of the original image"
+    members = [_Kept(f) for f in files]
+    mean = max(4*int(np.prod(m.shape)) for m in members)
+    return min(mean, 1 << 30) + 20*int(np.prod(members[0].way['shape'])) + 4*mean//len(members[0])
 
 def _ensemble_files(task):
     "Average one case and write it, the label map last"
-    files, target, labels, weights, keep = task
-    members = [read_probabilities(f) for f in files]
-    decided, kept = ensemble_case(members, labels, weights, keep)
-    if keep: write_probabilities(*kept, target.parent/(Path(files[0]).stem + '.npz'))
+    files, target, probabilities_file, labels, weights = task
+    members = [(m, m.way) for m in map(_Kept, files)]
+    decided, kept = ensemble_case(members, labels, weights, probabilities_file is not None)
+    if kept: write_probabilities(*kept, probabilities_file)
     save_label_map(decided, Geometry.from_dict(members[0][1]['geometry']), target)
