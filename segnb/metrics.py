@@ -170,6 +170,7 @@ class _Pair:
     "Two label maps, looked at label by label, each in the smallest box that holds it in both"
     def __init__(self, reference, prediction, ignore=None):
         from scipy.ndimage import find_objects
+        if reference.ndim != 3: raise MetricsError('surfaces and lesions need three axes', found=f'shape {reference.shape}', expected='(Z, Y, X)', fix='add an axis of length 1')
         if ignore is not None: prediction = np.where(reference == ignore, 0, prediction)
         self.maps, self.shape = [m.view(np.uint8) if m.dtype == bool else m for m in (reference, prediction)], reference.shape
         self.boxes = [dict(enumerate(find_objects(m), 1)) for m in self.maps]
@@ -282,7 +283,7 @@ def _lesion_counts(a, b, connectivity, min_overlap):
 def _lesion_scores(n_lesions, n_lesions_found, n_lesions_predicted, n_lesions_false, **_):
     "Sensitivity, precision and F1 by lesions"
     s, p = _share(n_lesions_found, n_lesions), _share(n_lesions_predicted - n_lesions_false, n_lesions_predicted)
-    return dict(lesion_sensitivity=s, lesion_precision=p, lesion_f1=2 * s * p / (s + p) if s + p else s + p)
+    return dict(lesion_sensitivity=s, lesion_precision=p, lesion_f1=2 * s * p / (s + p) if s + p else 0.)
 
 # %% ../nbs/60_metrics.ipynb #7f46d038
 def find_lesions(
@@ -296,9 +297,8 @@ def find_lesions(
 )->dict:                   # 'lesions' and 'predictions': a dict each with 'centre' (voxel), 'volume' (ml), 'overlap' (0 to 1), 'found'; and the scores of `evaluate_case`
     "List every lesion of both maps with its place, its size, and whether the other map has it"
     reference, prediction = _checked(reference, prediction)
-    if reference.ndim == 2: raise MetricsError('lesions need three axes', found=reference.shape, expected='(Z, Y, X)', fix='add an axis of length 1')
-    masks = [np.isin(m, label) for m in (reference, prediction)]
-    (a, n_a), (b, n_b) = parts = _components(masks, connectivity)
+    if reference.ndim != 3: raise MetricsError('lesions need three axes', found=f'shape {reference.shape}', expected='(Z, Y, X)', fix='add an axis of length 1')
+    (a, n_a), (b, n_b) = parts = _components([np.isin(m, label) for m in (reference, prediction)], connectivity)
     told = {}
     for name, (numbers, n), other in (('lesions', parts[0], b), ('predictions', parts[1], a)):
         where = np.nonzero(numbers)
@@ -541,8 +541,8 @@ class Comparison:
     names:tuple   # (what the first is called, the second)
     metric:str    # One of `METRICS`
     labels:dict   # {label: name}
-    values:dict   # {case: {label: (score of the first, of the second)}}
-    rows:dict     # {label, or 'foreground': {'first', 'second', 'difference', 'interval', 'n', 'higher', 'lower', 'p_sign', 'p_wilcoxon'}}
+    values:dict   # {case: {label, or 'foreground': (score of the first, of the second)}}
+    rows:dict     # {label, or 'foreground' where there are several: {'first', 'second', 'difference', 'interval', 'n', 'higher', 'lower', 'p_sign', 'p_wilcoxon'}}
 
     def to_dict(self)->dict: # Ready for JSON
         "Give everything, and what the numbers mean"
@@ -575,10 +575,9 @@ def table(self:Comparison)->str: # Lines of text
 def draw(self:Comparison): # A figure, for `show_fig` and `save_fig` of the viewer
     "Draw the difference of every case, and each mean with its interval"
     from segnb.viewer import figure
-    fig, ax = figure(1, 1, 9, 1. + .55 * len(self.rows))
+    fig, ax = figure(1, 1, 9, 1.3 + .5 * len(self.rows))
     for y, (key, r) in enumerate(self.rows.items()):
-        pairs = [case[key] for case in self.values.values()] if key in self.labels else []
-        d = [b - a for a, b in pairs if not math.isnan(b - a)]
+        d = [b - a for a, b in (case[key] for case in self.values.values()) if not math.isnan(b - a)]
         ax.plot(d, [y - .12 + .24 * (i % 5) / 4 for i in range(len(d))], 'o', color='#56b4e9', ms=4, alpha=.8, label='a case' if y == 0 else None)
         ax.plot(r['interval'], [y, y], color='black', lw=2, label='95 % of means' if y == 0 else None)
         ax.plot([r['difference']], [y], 'D', color='black', ms=5, label='mean' if y == 0 else None)
@@ -622,8 +621,10 @@ def compare_results(
     values = {case: {k: (score(first, case, k), score(second, case, k)) for k in labels} for case in first['cases']}
     table = np.array([[values[case][k] for k in labels] for case in values]) # (cases, labels, 2)
     rows = {k: _paired(*table[:, i].T) for i, k in enumerate(labels)}
-    both = np.where(np.isnan(table).any(-1, keepdims=True), np.nan, table)
-    rows['foreground'] = _paired(*(np.array([_nanmean(case[:, i].tolist()) for case in both]) for i in (0, 1)))
+    if len(labels) > 1: # the mean over the labels that both have a score for
+        table[np.isnan(table).any(-1)] = math.nan
+        values = {case: scores | {'foreground': tuple(_nanmean(pairs[:, i].tolist()) for i in (0, 1))} for (case, scores), pairs in zip(values.items(), table)}
+        rows['foreground'] = _paired(*np.array([scores['foreground'] for scores in values.values()]).T)
     return Comparison(tuple(names), metric, labels, values, rows)
 
 # %% ../nbs/60_metrics.ipynb #c2d05138
