@@ -7,12 +7,13 @@ __all__ = ['PostprocessingError', 'keep_largest_component', 'removed_figure', 'P
            'label_files', 'validation_files', 'consolidate_folds', 'apply_postprocessing']
 
 # %% ../nbs/70_postprocessing.ipynb #77712d1c
-import ast, warnings
+import ast, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np
 from fastcore.basics import patch
+from .export import MAPS
 from .image import SegnbError, image_ending, read_label_map, write_label_map
 from .labels import Labels
 from .metrics import evaluate_case, evaluate_folder
@@ -122,7 +123,7 @@ def removed_figure(
     fig, axes = figure(1, 2, 9, 3.6)
     show_slice(axes[0], None if image is None else image[z], spacing[1:], labels=after[z], error=lost[z], window=window, title=f'slice {z}: removed in red')
     title = f'from the front: {n} voxels, {n*np.prod(spacing)/1000:.2g} ml removed'
-    show_slice(axes[1], None, (spacing[0], spacing[2]), labels=np.max(after, 1), error=lost.any(1), title=title, axes=('z', 'x'))
+    show_slice(axes[1], np.full_like(after[:, 0], 3), (spacing[0], spacing[2]), labels=np.max(after, 1), error=lost.any(1), title=title, axes=('z', 'x'), window=(0, 4))
     return fig
 
 # %% ../nbs/70_postprocessing.ipynb #92ba0d8c
@@ -244,13 +245,15 @@ def _smallest(sizes, entries):
 def label_files(
     folder, # Folder of label maps
 )->dict:    # {case: Path}, sorted
-    "Find the label maps of a folder, named by case; raises `PostprocessingError` for none, or two of one case"
+    "Find the label maps of a folder, named by case; maps of how sure the network was are passed over; raises `PostprocessingError` for none, or two of one case"
     files = {}
     for file in sorted(Path(folder).glob('[!.]*')):
         if not (ending := image_ending(file)): continue
         if (case := file.name.removesuffix(ending)) in files:
             raise PostprocessingError('two files for one case', case=case, file=folder, found=f'{files[case].name} and {file.name}', fix='keep one')
         files[case] = file
+    def is_map(case): return (m := re.fullmatch(f"(.+)_({'|'.join(MAPS)})(_.+)?", case)) and m[1] in files
+    files = {case: file for case, file in files.items() if not is_map(case)}
     if not files: raise PostprocessingError('no label maps here', file=folder, expected='files like <case>.nii.gz')
     return files
 
