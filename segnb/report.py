@@ -6,7 +6,7 @@
 __all__ = ['ReportError', 'dot_rows', 'curves', 'sortable_table', 'slice_viewer', 'patch_in_case', 'choose_cases', 'write_report']
 
 # %% ../nbs/73_report.ipynb #1e35a633
-import base64, contextlib, html, io, json, math
+import base64, html, io, json, math, os
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -15,9 +15,11 @@ from .dataset import Dataset, Description
 from .fingerprint import Fingerprint, extract_fingerprint
 from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_geometry, read_image, read_label_map, whole_file
 from .labels import Labels, count_labels
+from .metrics import bootstrap_interval
 from .planning import Plans
+from .postprocessing import Postprocessing
 from .viewer import ERROR_COLOR, label_color
-from .workers import keyed_rng, parallel_map, read_json
+from .workers import check_writable, parallel_map, read_json
 
 # %% ../nbs/73_report.ipynb #32d8bda3
 class ReportError(SegnbError):
@@ -27,9 +29,9 @@ def _esc(x): return html.escape(str(x))
 
 def _num(x, digits=2):
     "A number as the page shows it; a dash where there is none"
-    return '–' if x is None or not math.isfinite(x) else f'{x:.{digits}f}'
+    return '–' if x is None or not math.isfinite(x) else f'{x:.{digits}f}'.replace('-', '−')
 
-def _short(x): return '–' if x is None or not math.isfinite(x) else f'{x:.3g}' if abs(x) < 1000 else f'{x:,.0f}'
+def _short(x): return '–' if x is None or not math.isfinite(x) else (f'{x:.3g}' if abs(x) < 1000 else f'{x:,.0f}').replace('-', '−')
 
 def _by(values): return ' × '.join(_short(v) for v in values)
 
@@ -41,55 +43,188 @@ def _listed(names, most=4):
     shown = names if len(names) <= most + 1 else [*names[:most], f'{len(names) - most} more']
     return shown[0] if len(shown) == 1 else f"{', '.join(shown[:-1])} and {shown[-1]}" if shown else 'none'
 
+def _interval(table):
+    "95 % interval of the mean over cases, or of the mean over classes of these means; None for fewer than three cases"
+    if not len(table): return None
+    table = np.asarray(table, float).reshape(len(table), -1)
+    return bootstrap_interval(table) if (~np.isnan(table).all(1)).sum() > 2 else None
+
 def _span(seconds):
     return f'{seconds:.0f} s' if seconds < 100 else f'{seconds/60:.0f} min' if seconds < 6000 else f'{seconds/3600:.1f} h'
 
 # %% ../nbs/73_report.ipynb #1d47ff84
+def _step(low, high, most):
+    "The smallest round step that makes at most `most` of it between low and high"
+    return next(s * 10.**e for e in range(-9, 12) for s in (1, 2, 5) if (high - low) / (s * 10.**e) <= most)
+
 def _ticks(low, high, most=5):
     "Round numbers from low to high"
-    step = next(s * 10.**e for e in range(-6, 9) for s in (1, 2, 5) if (high - low) / (s * 10.**e) <= most)
+    step = _step(low, high, most)
     return [round(i * step, 9) for i in range(math.ceil(low/step - 1e-9), math.floor(high/step + 1e-9) + 1)]
 
-def _scale(values, low, high, log):
+def _log_ticks(low, high):
+    "Powers of ten from low to high, with 2 and 5 between where there is room; `low` and `high` are logarithms"
+    found = [(s, s * 10.**e) for e in range(math.floor(low), math.ceil(high) + 1) for s in (1, 2, 5) if low - 1e-9 <= math.log10(s * 10.**e) <= high + 1e-9]
+    return [v for s, v in found if s == 1] if len(found) > 7 else [v for _, v in found] or [10.**low]
+
+def _scale(values, low, high, log=False):
     "Ends of an axis around finite values, and the function from value to per cent of the way"
     low, high = (float(f(values)) if end is None else end for f, end in ((np.min, low), (np.max, high)))
-    if high - low <= 1e-9 * max(abs(low), abs(high)): low, high = low - (abs(low)/10 or .5), high + (abs(high)/10 or .5)
+    if high - low <= 1e-9 * max(abs(low), abs(high)): low, high = (low / 2, high * 2) if log else (low - (abs(low)/10 or .5), high + (abs(high)/10 or .5))
     if log: low, high = math.log10(low), math.log10(high)
     return low, high, lambda v: round(100 * ((math.log10(v) if log else v) - low) / (high - low), 2)
 
+# %% ../nbs/73_report.ipynb #3b5c19e6
+_STYLE = '''
+:root{--paper:#fcfbf8;--ink:#1d1e20;--soft:#5b5d63;--line:#dedbd3;--faint:#f3f1ea;--accent:#1f5fa8;--band:#1f5fa82e;--dot:#1f5fa8;--shade:#0002;color-scheme:light dark;
+--text:Charter,"Bitstream Charter","Iowan Old Style","Source Serif 4",Georgia,serif;--ui:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
+@media screen and (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e9e7e2;--soft:#a6a8ae;--line:#34373c;--faint:#1d2024;--accent:#86b8f2;--band:#86b8f238;--dot:#86b8f2;--shade:#0009}}
+*{box-sizing:border-box}html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 var(--text)}
+header,main,footer{max-width:68rem;margin:0 auto;padding:0 1.25rem}header{padding-top:4rem}
+.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--paper);padding:.4rem}
+.kicker{font:600 .8rem/1.3 var(--ui);letter-spacing:.06em;color:var(--accent);margin:0 0 .6rem;overflow-wrap:anywhere}
+h1{font-size:clamp(2rem,6vw,3.4rem);line-height:1.08;margin:0 0 1rem;font-weight:600;letter-spacing:-.015em;text-wrap:balance}
+.standfirst{font-size:1.28rem;line-height:1.45;max-width:42rem;margin:0 0 2rem}
+.tiles{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;margin:0;padding:1.1rem 0;border-top:1px solid var(--line);font-family:var(--ui)}
+.tiles dd{margin:0;font-size:1.45rem;font-variant-numeric:tabular-nums}.tiles dt{font-size:.8rem;color:var(--soft)}.tiles div{display:flex;flex-direction:column}
+small{font-size:max(.78em,.72rem);color:var(--soft)}
+nav{position:sticky;top:0;z-index:5;background:var(--paper);border-bottom:1px solid var(--line);border-top:1px solid var(--line)}
+nav ul{max-width:68rem;margin:0 auto;padding:.55rem 1.25rem;display:flex;gap:1.3rem;overflow-x:auto;list-style:none;font:.85rem var(--ui);scrollbar-width:none}
+nav a{color:var(--soft);text-decoration:none;white-space:nowrap;padding:.25rem 0}nav a:hover{color:var(--accent)}
+section{padding:3.2rem 0 0;scroll-margin-top:1.5rem}h2{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem;font-weight:600;letter-spacing:-.01em;text-wrap:balance}
+h2+figure,h2+ul,h2+.beside{margin-top:1.1rem}@media(min-width:60rem){.beside{display:grid;grid-template-columns:minmax(0,1fr) 22rem;gap:3rem}}h3{font:600 .95rem/1.35 var(--ui);margin:0 0 .5rem}.lead{max-width:42rem;margin:0 0 1.4rem;color:var(--soft)}
+figure{margin:0 0 1.2rem}figcaption,.note{font:.84rem/1.5 var(--ui);color:var(--soft);max-width:44rem}
+a,summary{color:var(--accent)}:focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:2px}
+details{border-top:1px solid var(--line);padding:.55rem 0}details:last-child{border-bottom:1px solid var(--line)}summary{cursor:pointer;font:.92rem var(--ui)}
+footer{padding:3rem 1.25rem 4rem;font:.84rem var(--ui);color:var(--soft)}
+'''
+
+# %% ../nbs/73_report.ipynb #9d76eff9
+_STYLE += '''
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.6rem 2.2rem}
+@media(min-width:48rem){.plots.even{grid-template-columns:repeat(2,minmax(0,1fr))}}.plots figcaption{font-weight:600;color:var(--ink);margin-bottom:.5rem}
+.dots{font:.86rem var(--ui)}.dots .row{display:grid;grid-template-columns:var(--names,8.5rem) minmax(0,1fr) 7.4rem;gap:1rem;align-items:center}.chosen .name{font-weight:700;color:var(--accent)}
+.plots .dots .row{grid-template-columns:.8rem minmax(0,1fr) 3rem;gap:.9rem}
+.dots .name{overflow-wrap:anywhere;line-height:1.2}.dots .num{font-variant-numeric:tabular-nums;white-space:nowrap;text-align:right}
+.dots svg{width:100%;overflow:visible;display:block}.dots .axis{height:1.5rem;color:var(--soft);font-size:.76rem;align-items:start}.dots .axis .ticks{position:relative}
+.dots .ticks span{position:absolute;transform:translateX(-50%)}.dots .unit{text-align:right}
+.grid{stroke:var(--line);stroke-width:1}.band{fill:var(--band)}.dot{fill:var(--dot);fill-opacity:.62}.line{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:3 2}.mean{stroke:var(--accent);stroke-width:2}
+.hot .dot,.dots.hot .dot{fill-opacity:.18}.dots .dot.on{fill-opacity:1;stroke:var(--ink);stroke-width:1.5}
+.plot .frame{display:grid;grid-template-columns:2.4rem 1fr max-content;grid-template-rows:11rem 2.5rem;font:.76rem var(--ui);color:var(--soft)}
+.plot .area{position:relative;border-bottom:1px solid var(--line)}.plot svg{width:100%;height:100%;display:block;overflow:visible}
+.plot .left,.plot .ends,.plot .under{position:relative}.plot .left span{position:absolute;right:.5rem;transform:translateY(50%)}
+.plot .ends span{position:absolute;left:.4rem;transform:translateY(50%);white-space:nowrap}.plot .ends:not(:empty){min-width:4.6rem}.plot .ends .main{color:var(--accent);font-weight:600}
+.plot .under{grid-column:2}.plot .under span{position:absolute;top:.2rem;transform:translateX(-50%)}.plot .under em{position:absolute;right:0;top:1.25rem;font-style:normal}
+polyline{fill:none;stroke-width:1.8;stroke-linejoin:round;vector-effect:non-scaling-stroke;stroke:var(--accent)}polyline.filled{stroke-width:1.2}polygon.filled{fill:var(--band)}.said{max-width:46rem}polyline.quiet{stroke:var(--soft);stroke-width:1.2;stroke-opacity:.75}
+.plot .grid{vector-effect:non-scaling-stroke}.point{position:absolute;width:7px;height:7px;border-radius:9px;background:var(--accent);margin:-3.5px}
+.nests{display:flex;flex-wrap:wrap;gap:1rem 3rem}.nested>div{display:flex;gap:1.2rem}.nested svg{width:min(9.5rem,38vw);height:auto;display:block}
+.whole{fill:var(--faint);stroke:var(--soft);stroke-width:.8}.seen{fill:var(--band);stroke:var(--accent);stroke-width:1}.nested small{display:block;font-family:var(--ui);line-height:1.4;margin-top:.3rem}.nested figcaption{max-width:21rem;margin-top:.5rem}
+.facts{columns:3 14rem;font:.84rem/1.45 var(--ui);margin:.8rem 0}.facts div{break-inside:avoid;display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--line);padding:.15rem 0}
+.facts dt{color:var(--soft)}.facts dd{margin:0;text-align:right;overflow-wrap:anywhere}
+.why{margin:.5rem 0;padding:0;list-style:none;font:.84rem/1.55 var(--ui);max-width:52rem}.why .step{color:var(--soft);padding-left:1.4rem;font-variant-numeric:tabular-nums}
+.missing{padding:0;list-style:none;font:.9rem/1.5 var(--ui)}.missing li{border-top:1px solid var(--line);padding:.4rem 0}.missing span{color:var(--soft);display:block;overflow-wrap:anywhere}
+pre{font-size:.78rem;white-space:pre-wrap;overflow-wrap:anywhere;background:var(--faint);padding:.8rem;max-height:26rem}
+'''
+
+# %% ../nbs/73_report.ipynb #93388276
+_STYLE += '''
+.scroll{background:linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/3rem 100% no-repeat local,linear-gradient(270deg,var(--shade),transparent) 100% 0/.9rem 100% no-repeat scroll;overflow:auto;max-height:36rem;margin:0 0 1rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font:.88rem/1.35 var(--ui);width:100%}caption{text-align:left;font-size:.8rem;color:var(--soft);padding:.5rem .6rem .5rem 0}
+th,td{padding:.38rem 1.6rem .38rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
+thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}
+th button{all:unset;cursor:pointer;font-weight:600;padding:.2rem 0}th button:focus-visible{outline:2px solid var(--accent)}th button::after{content:"";color:var(--accent)}
+th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}tr.on td,tr.on th{background:var(--faint)}
+.bar{display:inline-flex;align-items:center;gap:.6rem}.bar::after{content:"";width:calc(var(--v)*6rem);height:.7rem;background:var(--band);border-right:2px solid var(--accent)}
+.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));column-gap:2rem}.case{max-width:22rem;display:grid;grid-row:span 7;grid-template-rows:subgrid;align-content:start;margin-bottom:1.6rem}.case .stack{align-self:end}
+.stack{position:relative;overflow:hidden;background:#000;width:100%}.stack img{position:absolute;left:0;top:0;width:100%;transform:translateY(calc(var(--i)*-100%/var(--n)))}
+.stack img[hidden]{display:none}.mm{position:absolute;left:.5rem;bottom:.5rem;border-bottom:3px solid #fff;color:#fff;font:.72rem var(--ui);text-shadow:0 0 3px #000,0 0 2px #000;white-space:nowrap}
+.slide{display:flex;gap:.6rem;align-items:center;font:.84rem var(--ui);margin:.6rem 0 0;max-width:340px}.slide input{flex:1;accent-color:var(--accent);min-width:0;height:1.8rem}
+.where{font:.8rem var(--ui);color:var(--soft);margin:.1rem 0 .5rem;font-variant-numeric:tabular-nums}
+.switches,.legend{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font:.84rem var(--ui);margin-bottom:.4rem}.switches input{accent-color:var(--accent)}.switches label{padding:.15rem 0}
+.legend i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px}
+@media(max-width:40rem){body{font-size:16px}header{padding-top:2.2rem}.standfirst{font-size:1.12rem}section{padding-top:2.4rem}.dots .row{grid-template-columns:4.6rem minmax(0,1fr) 4rem;gap:.8rem}
+.wide .dots .num small{display:block}.stack,.slide{max-width:none!important}.facts{columns:1}}
+@media print{body{font-size:10.5pt;background:#fff}header{padding-top:0}nav,.switches,.slide,.skip{display:none!important}section{padding-top:1.4rem}h2,h3,.lead{break-after:avoid}
+figure,tr,.nested{break-inside:avoid}.scroll{max-height:none;overflow:visible}thead th,tbody th{position:static}.bar::after,.legend i,.point{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.cases{grid-template-columns:repeat(3,1fr);column-gap:1rem}.plots{grid-template-columns:repeat(2,1fr)}table{font-size:8.5pt}footer{padding:1rem 1.25rem}a,summary{color:inherit}}
+@media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
+'''
+
+# %% ../nbs/73_report.ipynb #3a7451bd
+_SCRIPT = '''
+for (const table of document.querySelectorAll('table.sortable')) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, i) => head.firstChild.addEventListener('click', () => {
+    const up = head.getAttribute('aria-sort') === 'descending' || (head.getAttribute('aria-sort') === 'none' && i === 0);
+    heads.forEach(h => h.setAttribute('aria-sort', 'none'));
+    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+    const key = row => row.cells[i].dataset.v;
+    const rows = [...body.rows].sort((a, b) => {
+      const x = key(a), y = key(b), both = x !== '' && y !== '';
+      if (!both) return (x === '') - (y === '');
+      const numbers = !isNaN(x) && !isNaN(y);
+      return (numbers ? x - y : x.localeCompare(y, undefined, {numeric: true})) * (up ? 1 : -1);
+    });
+    body.append(...rows);
+  }));
+}
+for (const figure of document.querySelectorAll('figure.case')) {
+  const about = JSON.parse(figure.dataset.about), stack = figure.querySelector('.stack'), where = figure.querySelector('.where');
+  const tail = where.textContent.slice(where.textContent.indexOf(';'));
+  const range = figure.querySelector('input[type=range]');
+  if (range) range.addEventListener('input', () => {
+    const s = about.slices[range.value];
+    stack.style.setProperty('--i', range.value);
+    where.textContent = `${about.axis} = ${s} of ${about.of}, ${Math.round(s * about.mm)} mm${tail}`;
+    range.setAttribute('aria-valuetext', `slice ${s}`);
+  });
+  for (const box of figure.querySelectorAll('input[type=checkbox]'))
+    box.addEventListener('change', () => { stack.querySelector('img.' + box.value).hidden = !box.checked; });
+}
+const light = name => {
+  for (const dots of document.querySelectorAll('.dots')) dots.classList.toggle('hot', name !== null && [...dots.querySelectorAll('.dot')].some(d => d.dataset.c === name));
+  for (const e of document.querySelectorAll('.dot, tr[data-c]')) e.classList.toggle('on', name !== null && e.dataset.c === name);
+};
+document.addEventListener('pointerover', e => { const t = e.target.closest('.dot, .sortable tbody tr'); light(t ? t.dataset.c : null); });
+addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.dataset.was = d.open; d.open = true; }));
+addEventListener('afterprint', () => document.querySelectorAll('details').forEach(d => { d.open = d.dataset.was === 'true'; }));
+'''
+
 # %% ../nbs/73_report.ipynb #ff7ad9ba
 def dot_rows(
-    rows:list,           # One dict a row: `name`, `values` {case: number}, and perhaps `interval` (low, high), `line` (what the row is held against), `text`
-    alt:str,             # What the figure shows, for those who cannot see it
+    rows:list,       # One dict a row: `name`, `values` {case: number}; perhaps `mean`, `interval` (low, high), `line` (what the row is held against), `text` (HTML), `chosen`
+    alt:str,         # What the figure shows, for those who cannot see it
     *,
-    low:float=None,      # Left end of the axis; None: the smallest value
-    high:float=None,     # Right end; None: the largest
-    unit:str='',         # Written at the axis
-    log:bool=False,      # A logarithmic axis; values must be above 0
-)->str:                  # HTML; '' when no row has a finite value
-    "Draw one dot a case in each row, with the mean's interval as a band and a line to compare with"
+    low:float=None,  # Left end of the axis; None: the smallest value
+    high:float=None, # Right end; None: the largest
+    unit:str='',     # Written at the axis
+    log:bool=False,  # A logarithmic axis; only values above 0 have a dot
+)->str:              # HTML; '' when there is nothing to draw
+    "Draw a dot a case in each row, the mean with its interval as a band, and a line to compare with"
     rows = [r | {'values': {c: v for c, v in r['values'].items() if v is not None and math.isfinite(v) and (v > 0 or not log)}} for r in rows]
-    every = [v for r in rows for v in (*r['values'].values(), *([r['line']] if r.get('line') else []))]
+    every = [v for r in rows for v in (*r['values'].values(), r.get('line'), r.get('mean')) if v is not None and math.isfinite(v)]
     if not every: return ''
     low, high, at = _scale(every, low, high, log)
-    marks = [10.**t for t in _ticks(low, high, 4)] if log else _ticks(low, high)
-    if log and len(marks) < 2: marks = [10.**low, 10.**high]
-    body = ''.join(_dot_row(r, at, marks) for r in rows)
+    marks = _log_ticks(low, high) if log else _ticks(low, high)
     axis = ''.join(f'<span style="left:{at(t)}%">{_short(t)}</span>' for t in marks)
-    return (f'<div class="dots" role="img" aria-label="{_esc(alt)}">{body}<div class="row axis"><span></span><div class="ticks">{axis}</div>'
+    return (f'<div class="dots" role="img" aria-label="{_esc(alt)}">{"".join(_dot_row(r, at, marks) for r in rows)}<div class="row axis"><span></span><div class="ticks">{axis}</div>'
             f'<span class="unit">{_esc(unit)}</span></div></div>')
 
-def _dot_row(row, at, marks):
-    "One row: its name, its dots, its number"
+def _dot_row(row, at, marks, most=200):
+    "One row: its name, its dots, its number; of very many dots every n-th, the ends always"
     parts = [f'<line class="grid" x1="{at(t)}%" x2="{at(t)}%" y1="0" y2="28"/>' for t in marks]
     if row.get('interval'):
         a, b = (at(v) for v in row['interval'])
         parts.append(f'<rect class="band" x="{a}%" width="{max(round(b - a, 2), .4)}%" y="4" height="20" rx="3"/>')
-    if row.get('line'): parts.append(f'<line class="against" x1="{at(row["line"])}%" x2="{at(row["line"])}%" y1="2" y2="26"/>')
-    for i, (case, v) in enumerate(sorted(row['values'].items(), key=lambda item: item[1])): # neighbours sit at different heights
+    for kind in ('line', 'mean'):
+        if row.get(kind) is not None and math.isfinite(row[kind]): parts.append(f'<line class="{kind}" x1="{at(row[kind])}%" x2="{at(row[kind])}%" y1="3" y2="25"/>')
+    ranked = sorted(row['values'].items(), key=lambda item: (item[1], item[0]))
+    if len(ranked) > most: ranked = [ranked[i] for i in np.linspace(0, len(ranked) - 1, most).astype(int)]
+    for i, (case, v) in enumerate(ranked): # neighbours sit at different heights
         parts.append(f'<circle class="dot" data-c="{_esc(case)}" cx="{at(v)}%" cy="{14 + (0, 4, -4, 7, -7)[i % 5]}" r="3.6"><title>{_esc(case)}: {_short(v)}</title></circle>')
-    text = row.get('text', '')
-    return f'<div class="row"><span class="name">{_esc(row["name"])}</span><svg height="28" aria-hidden="true">{"".join(parts)}</svg><span class="num">{text}</span></div>'
+    return (f'<div class="row{" chosen" if row.get("chosen") else ""}"><span class="name">{_esc(row["name"])}</span><svg height="28" aria-hidden="true">{"".join(parts)}</svg>'
+            f'<span class="num">{row.get("text", "")}</span></div>')
 
 # %% ../nbs/73_report.ipynb #2241d20a
 def _thinned(xs, ys, most=240):
@@ -100,36 +235,45 @@ def _thinned(xs, ys, most=240):
 
 # %% ../nbs/73_report.ipynb #398982d3
 def curves(
-    lines:list,          # One dict a line: `name`, `x`, `y` (None: no value), and perhaps `kind`: 'main', 'quiet' or 'dashed'
+    lines:list,          # One dict a line: `name`, `x`, `y` (None: no value), and perhaps `kind`: 'main', 'quiet' or 'filled'
     alt:str,             # What the figure shows
     *,
     title:str='',        # What to see
     x_name:str='epoch',  # Under the axis
-    low:float=None,      # Lower end of the vertical axis; None: the smallest value
-    high:float=None,     # Upper end; None: the largest
+    low:float=None,      # Lower end of the vertical axis; None: a round number below all values
+    high:float=None,     # Upper end; None: a round number above
 )->str:                  # HTML; '' when no line has a value
     "Draw lines that stretch with the page, each named at its end"
     points = [(line, p) for line in lines if (p := _thinned(line['x'], line['y']))]
     if not points: return ''
-    x0, x1, ax = _scale([x for _, p in points for x, _ in p], None, None, False)
-    y0, y1, ay = _scale([y for _, p in points for _, y in p], low, high, False)
-    grid = ''.join(f'<line class="grid" x1="0" x2="100" y1="{100 - ay(t)}" y2="{100 - ay(t)}"/>' for t in _ticks(y0, y1, 4))
-    paths = ''.join(f'<polyline class="{line.get("kind", "main")}" points="{" ".join(f"{ax(x)},{round(100 - ay(y), 2)}" for x, y in p)}"/>' for line, p in points)
+    heights = [y for _, p in points for _, y in p]
+    bottom, top, _ = _scale(heights, low, high)
+    step = _step(bottom, top, 4)
+    y0, y1, ay = _scale(heights, math.floor(bottom/step + 1e-9) * step if low is None else low, math.ceil(top/step - 1e-9) * step if high is None else high)
+    x0, x1, ax = _scale([x for _, p in points for x, _ in p], None, None)
+    grid = ''.join(f'<line class="grid" x1="0" x2="100" y1="{round(100 - ay(t), 2)}" y2="{round(100 - ay(t), 2)}"/>' for t in _ticks(y0, y1, 4))
+    paths = ''.join(_path(line.get('kind', 'main'), [(ax(x), round(100 - ay(y), 2)) for x, y in p]) for line, p in points)
     lone = ''.join(f'<i class="point" style="left:{ax(p[0][0])}%;bottom:{ay(p[0][1])}%"></i>' for _, p in points if len(p) == 1)
     left = ''.join(f'<span style="bottom:{ay(t)}%">{_short(t)}</span>' for t in _ticks(y0, y1, 4))
-    under = ''.join(f'<span style="left:{ax(t)}%">{_short(t)}</span>' for t in _ticks(max(0, x0), x1, 4))
+    under = ''.join(f'<span style="left:{ax(t)}%">{_short(t)}</span>' for t in _ticks(x0, x1, 4))
     return (f'<figure class="plot"><figcaption>{_esc(title)}</figcaption><div class="frame" role="img" aria-label="{_esc(alt)}"><div class="left">{left}</div>'
             f'<div class="area"><svg viewBox="0 0 100 100" preserveAspectRatio="none" aria-hidden="true">{grid}{paths}</svg>{lone}</div>'
             f'<div class="ends">{_ends(points, ay)}</div><div class="under">{under}<em>{_esc(x_name)}</em></div></div></figure>')
 
+def _path(kind, points):
+    "A line, and under it an area where it is to be filled"
+    text = ' '.join(f'{x},{y}' for x, y in points)
+    area = f'<polygon class="filled" points="{points[0][0]},100 {text} {points[-1][0]},100"/>' if kind == 'filled' else ''
+    return f'{area}<polyline class="{kind}" points="{text}"/>'
+
 def _ends(points, ay, apart=9):
     "Names at the ends of the lines, pushed apart where they would touch"
-    heights, last = [], -math.inf
-    for line, p in sorted(points, key=lambda lp: lp[1][-1][1]):
-        last = max(ay(p[-1][1]), last + apart)
-        heights.append((line, last))
-    over = max(0, heights[-1][1] - 100)
-    return ''.join(f'<span class="{line.get("kind", "main")}" style="bottom:{round(h - over, 1)}%">{_esc(line["name"])}</span>' for line, h in heights)
+    named, last, found = [(line, ay(p[-1][1])) for line, p in points if line['name']], -math.inf, []
+    for line, height in sorted(named, key=lambda lh: lh[1]):
+        last = max(height, last + apart)
+        found.append((line, last))
+    over = max(0, found[-1][1] - 100) if found else 0
+    return ''.join(f'<span class="{line.get("kind", "main")}" style="bottom:{round(h - over, 1)}%">{_esc(line["name"])}</span>' for line, h in found)
 
 # %% ../nbs/73_report.ipynb #aee5e700
 def sortable_table(
@@ -140,20 +284,22 @@ def sortable_table(
     digits:int=2,       # Decimals of the numbers
 )->str:                 # HTML
     "Set a table whose columns sort at a click or a key; cells without a value always come last"
-    def cell(x, first):
+    def cell(x):
         shown, key = x if isinstance(x, tuple) else (_num(x, digits) if isinstance(x, float) else _esc('–' if x is None else x), x)
         number = isinstance(key, (int, float)) and not isinstance(key, bool)
-        key = '' if key is None or number and not math.isfinite(key) else repr(float(key)) if number else key
-        tag = 'th scope="row"' if first else f'td{" class=n" if number or key == "" else ""}'
-        return f'<{tag} data-v="{_esc(key)}">{shown}</{tag.split()[0]}>'
-    head = ''.join(f'<th scope="col" aria-sort="none"><button type="button">{_esc(h)}</button></th>' for h in header)
-    body = ''.join(f'<tr data-c="{_esc(row[0][1] if isinstance(row[0], tuple) else row[0])}">' + ''.join(cell(x, not i) for i, x in enumerate(row)) + '</tr>' for row in rows)
+        return shown, '' if key is None or number and not math.isfinite(key) else repr(float(key)) if number else str(key), number or key is None
+    cells = [[cell(x) for x in row] for row in rows]
+    numbers = [all(c[2] for c in column) and not any(c[0].startswith('<') for c in column) for column in zip(*cells)] or [False] * len(header)
+    def row(values):
+        first, *others = (f'data-v="{_esc(key)}"{" class=n" if n else ""}>{shown}' for (shown, key, _), n in zip(values, numbers))
+        return f'<tr data-c="{_esc(values[0][1])}"><th scope="row" {first}</th>' + ''.join(f'<td {c}</td>' for c in others) + '</tr>'
+    head = ''.join(f'<th scope="col" aria-sort="none"{" class=n" if n else ""}><button type="button">{_esc(h)}</button></th>' for h, n in zip(header, numbers))
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(caption)}"><table class="sortable"><caption>{_esc(caption)}</caption>'
-            f'<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            f'<thead><tr>{head}</tr></thead><tbody>{"".join(map(row, cells))}</tbody></table></div>')
 
 def _facts(pairs):
     "A small table of names and values"
-    return '<dl class="facts">' + ''.join(f'<div><dt>{_esc(k)}</dt><dd>{v if k.endswith(" ") else _esc(v)}</dd></div>' for k, v in pairs if v not in (None, '')) + '</dl>'
+    return '<dl class="facts">' + ''.join(f'<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>' for k, v in pairs if v not in (None, '')) + '</dl>'
 
 # %% ../nbs/73_report.ipynb #3e34d8a0
 def _shrunk(plane, size, smooth=False):
@@ -199,7 +345,7 @@ def _shown_slices(labels, most):
     shown[np.abs(shown - best).argmin()] = best
     return np.unique(shown), int(np.searchsorted(np.unique(shown), best))
 
-# %% ../nbs/73_report.ipynb #4e873d31
+# %% ../nbs/73_report.ipynb #ba98692b
 def slice_viewer(
     image:np.ndarray,           # (Z, Y, X) one channel
     spacing:tuple,              # (z, y, x) mm
@@ -208,6 +354,7 @@ def slice_viewer(
     *,
     title:str='',               # Above the picture; plain text
     note:str='',                # Under it; plain text
+    removed:np.ndarray=None,    # (Z, Y, X) booleans: what post-processing took away; shown in the place of errors
     classes:dict=None,          # {class index: name}, for the legend
     window:tuple=None,          # (low, high) shown as black and white; None: the middle 99 % of what is shown
     unit:str='',                # Of the window
@@ -219,9 +366,9 @@ def slice_viewer(
     maps = [m for m in (reference, prediction) if m is not None]
     axis = int(np.argmax(spacing)) if max(spacing) > 1.5 * sorted(spacing)[1] else 0 # across the slices as they were taken
     turned = lambda a: None if a is None else np.moveaxis(np.asarray(a), axis, 0)
-    image, reference, prediction = map(turned, (image, reference, prediction))
+    image, reference, prediction, removed = map(turned, (image, reference, prediction, removed))
     mm, across, names = [s for i, s in enumerate(spacing) if i != axis], spacing[axis], [n for i, n in enumerate('zyx') if i != axis]
-    anywhere = np.max([turned(m) > 0 for m in maps], axis=0) if maps else np.zeros(image.shape, bool)
+    anywhere = removed if removed is not None else np.max([turned(m) > 0 for m in maps], axis=0) if maps else np.zeros(image.shape, bool)
     shown, start = _shown_slices(anywhere, slices)
     extent = [n * s for n, s in zip(image.shape[1:], mm)]
     size = tuple(max(1, round(pixels * e / max(extent))) for e in extent[::-1])
@@ -229,21 +376,22 @@ def slice_viewer(
     grey = np.clip((image[shown] - low) / max(high - low, 1e-9) * 255, 0, 255).astype(np.uint8)
     layers = [('image', _jpeg(np.concatenate([_shrunk(p, size, True) for p in grey])))]
     small = {k: np.concatenate([_outline(_shrunk(p, size)) if k == 'prediction' else _shrunk(p, size) for p in m[shown]])
-             for k, m in _overlays(reference, prediction, ignore).items()}
-    layers += [(k, _layer(m, .4 if k == 'reference' else 1., ERROR_COLOR if k == 'errors' else None)) for k, m in small.items()]
+             for k, m in _overlays(reference, prediction, removed, ignore).items()}
+    layers += [(k, _layer(m, .4 if k == 'reference' else 1., ERROR_COLOR if k in ('errors', 'removed') else None)) for k, m in small.items()]
     about = dict(slices=[int(i) for i in shown], of=len(image), axis='zyx'[axis], mm=float(across), start=start)
     grey_text = f'grey from {_short(low)} to {_short(high)} {unit}'.strip()
     return _viewer_html(layers, about, size, extent[1], title, '; '.join(filter(None, (note, grey_text))), classes or {}, names)
 
-def _overlays(reference, prediction, ignore):
+# %% ../nbs/73_report.ipynb #49a3e839
+def _overlays(reference, prediction, removed, ignore):
     "What may be laid over the image"
-    found = {'reference': reference, 'prediction': prediction}
-    if reference is not None and prediction is not None:
+    found = {'reference': reference, 'prediction': prediction, 'removed': removed}
+    if removed is None and reference is not None and prediction is not None:
         found['errors'] = (reference != prediction) & (reference != ignore if ignore is not None else True)
     return {k: np.asarray(v).astype(np.uint8) for k, v in found.items() if v is not None}
 
 # %% ../nbs/73_report.ipynb #9db153a5
-_LAYERS = {'reference': 'reference (filled)', 'prediction': 'prediction (outline)', 'errors': 'errors (red)'}
+_LAYERS = {'reference': 'reference (filled)', 'prediction': 'prediction (outline)', 'errors': 'errors (red)', 'removed': 'removed (red)'}
 
 def _viewer_html(layers, about, size, width_mm, title, note, classes, names):
     "The picture, its slider, its switches, its legend"
@@ -252,7 +400,7 @@ def _viewer_html(layers, about, size, width_mm, title, note, classes, names):
     pictures = ''.join(f'<img class="{k}" src="{src}" alt="" {"hidden" if k == "errors" else ""}>' for k, src in layers)
     switches = ''.join(f'<label><input type="checkbox" value="{k}" {"" if k == "errors" else "checked"}> {_LAYERS[k]}</label>' for k, _ in layers[1:])
     legend = ''.join(f'<span><i style="background:{label_color(i)}"></i>{_esc(name)}</span>' for i, name in classes.items())
-    slider = (f'<label class="slide">slice <input type="range" min="0" max="{n - 1}" value="{start}" aria-label="slice of {_esc(title)}"></label>' if n > 1 else '')
+    slider = (f'<label class="slide">slice <input type="range" min="0" max="{n - 1}" value="{start}" aria-label="slice of {_esc(title)}"></label>' if n > 1 else '<span></span>')
     return (f'<figure class="case" data-about="{_esc(json.dumps(about))}"><h3>{_esc(title)}</h3>'
             f'<div class="stack" role="img" aria-label="{_esc(title)}: a slice with {_esc(_listed([_LAYERS[k] for k, _ in layers[1:]]) if layers[1:] else "no labels")}" '
             f'style="--i:{start};--n:{n};aspect-ratio:{size[0]}/{size[1]};max-width:{round(340 * min(1, size[0] / size[1]))}px">{pictures}'
@@ -273,11 +421,15 @@ def patch_in_case(
     patch, case = ((1,) * (3 - c.dimensions) + tuple(c.patch_size)), c.median_shape
     mm = lambda size: [n * s for n, s in zip(size, c.spacing)]
     whole, seen = mm(case), mm(patch)
-    share = np.prod([min(1, p / n) for p, n in zip(patch, case)])
     views = [(1, 2, 'in the plane')] + ([(0, 2, 'across the slices')] if case[0] > 1 else [])
     pictures = ''.join(_nested([whole[a], whole[b]], [seen[a], seen[b]], name) for a, b, name in views)
-    text = f'A patch of {_by(patch[3 - c.dimensions:])} voxels sees {share:.0%} of the median case, {_by(case)} voxels.'
+    text = f'A patch of {_by(patch[3 - c.dimensions:])} voxels sees {_seen(c):.0%} of the median case, {_by(case)} voxels.'
     return f'<figure class="nested"><h3>{_esc(c.name)}</h3><div>{pictures}</div><figcaption>{_esc(text)}</figcaption></figure>'
+
+def _seen(c):
+    "The part of the median case that a patch covers"
+    patch = (1,) * (3 - c.dimensions) + tuple(c.patch_size)
+    return math.prod(min(1, p / n) for p, n in zip(patch, c.median_shape))
 
 def _nested(whole, seen, name):
     "Two rectangles about one centre"
@@ -287,6 +439,19 @@ def _nested(whole, seen, name):
     text = f'{name}: median case {whole[0]:.0f} by {whole[1]:.0f} mm, patch {seen[0]:.0f} by {seen[1]:.0f} mm'
     return (f'<div><svg viewBox="0 0 110 110" role="img" aria-label="{_esc(text)}">{rect("whole", w, h)}{rect("seen", pw, ph)}</svg>'
             f'<small>{_esc(name)}<br>case {whole[0]:.0f} × {whole[1]:.0f} mm<br><b>patch {seen[0]:.0f} × {seen[1]:.0f} mm</b></small></div>')
+
+# %% ../nbs/73_report.ipynb #44aaeb15
+def choose_cases(
+    values:dict,                               # {case: number}; cases without a finite one are passed over
+    words:tuple=('worst', 'median', 'best'),   # Of the lowest, the middle and the highest
+)->list:                                       # [(word, case)], highest first; at most three
+    "Pick the cases to look at: the two ends and the middle"
+    ranked = sorted((c for c, v in values.items() if v is not None and math.isfinite(v)), key=lambda c: (values[c], c))
+    if not ranked: return []
+    places = {len(ranked) - 1: words[2]}
+    if len(ranked) > 2: places[(len(ranked) - 1) // 2] = words[1]
+    if len(ranked) > 1: places[0] = words[0]
+    return [(word, ranked[i]) for i, word in places.items()]
 
 # %% ../nbs/73_report.ipynb #17d93307
 def _folds(folder): return sorted(p for p in Path(folder).glob('fold_*') if p.is_dir())
@@ -312,8 +477,8 @@ def _neighbour(folder, kind):
 
 def _places(target, kind, folders, raw, preprocessed):
     "Find raw data and preprocessed folder beside the target, unless they were given"
-    here = Path(target).resolve()
-    task = here if kind != 'model' else folders[0].resolve().parent
+    here = Path(os.path.abspath(target))
+    task = here if kind != 'model' else Path(os.path.abspath(folders[0])).parent
     raw = Path(raw) if raw else here if kind == 'raw' else _neighbour(task, 'raw')
     preprocessed = Path(preprocessed) if preprocessed else here if kind == 'preprocessed' else _neighbour(task, 'preprocessed')
     for folder, name in ((raw, 'dataset.json'), (preprocessed, 'plans.json')):
@@ -346,7 +511,6 @@ def _read_model(folder, missing):
                                          summary=_maybe_json(out/'summary.json', missing), made_with=_maybe_json(out/'made_with.json', missing))
         if not f.history: missing.append((f'training curves of fold {k}', f'no log.jsonl in {place.name}'))
         if f.summary is None: missing.append((f'validation of fold {k} of {m.name}', f'segnb train {folder.parent.name} {k} -c {m.name} --validation-only'))
-    m.post = _maybe_json(folder/'postprocessing.json', missing)
     m.scores = _pooled(m.folds.values())
     return m
 
@@ -369,38 +533,15 @@ def _pooled(folds):
     table = np.array([[_value(cases[c].get(n, {}).get('dice')) for n in names] for c in cases], float).reshape(len(cases), len(names))
     return SimpleNamespace(names=names, cases=cases, fold=fold_of, table=table, means=dict(zip(cases, (_nanmean(row) for row in table))))
 
+def _overall(scores):
+    "Mean over classes of the means over cases"
+    return _nanmean([_nanmean(column) for column in scores.table.T]) if scores.cases else math.nan
+
 def _value(x): return math.nan if x is None else float(x)
 
 def _nanmean(values):
     values = np.asarray(values, float)
     return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else math.nan
-
-# %% ../nbs/73_report.ipynb #44aaeb15
-def choose_cases(
-    values:dict,                               # {case: number}; cases without a finite one are passed over
-    words:tuple=('worst', 'median', 'best'),   # Of the lowest, the middle and the highest
-)->list:                                       # [(word, case)], highest first; at most three
-    "Pick the cases to look at: the two ends and the middle"
-    ranked = sorted((c for c, v in values.items() if v is not None and math.isfinite(v)), key=lambda c: (values[c], c))
-    if not ranked: return []
-    places = {len(ranked) - 1: words[2]}
-    if len(ranked) > 2: places[(len(ranked) - 1) // 2] = words[1]
-    if len(ranked) > 1: places[0] = words[0]
-    return [(word, ranked[i]) for i, word in places.items()]
-
-def _interval(table, draws=2000):
-    "95 % bootstrap interval of the mean over classes of the means over cases; None for fewer than three cases"
-    table = np.asarray(table, float).reshape(len(table), -1)
-    table = table[~np.isnan(table).all(1)]
-    if len(table) < 3: return None
-    rng, found = keyed_rng(0, 'report', len(table)), []
-    for _ in range(0, draws, 100):
-        drawn = table[rng.integers(len(table), size=(100, len(table)))]
-        there = ~np.isnan(drawn)
-        count = there.sum(1)
-        means = np.where(count, np.where(there, drawn, 0).sum(1) / np.maximum(count, 1), np.nan)
-        found += [_nanmean(row) for row in means]
-    return tuple(float(v) for v in np.nanpercentile(found, (2.5, 97.5)))
 
 # %% ../nbs/73_report.ipynb #c782b6c8
 def _read_data(raw, preprocessed, n_workers, missing, measure):
@@ -446,10 +587,13 @@ def _picture(d, case, missing):
         if case in d.made_of: return *_from_preprocessed(*d.made_of[case]), dict(unit='(normalised)')
     except (SegnbError, OSError, KeyError, ValueError) as error: missing.append((f'the picture of {case}', str(error)))
 
+def _label_file(folder, case):
+    "Where the label map of a case lies, or None"
+    return next((file for ending in IMAGE_ENDINGS if folder and (file := Path(folder)/f'{case}{ending}').is_file()), None)
+
 def _label_map(folder, case, labels):
     "The label map of a case as class indices, or None"
-    for ending in IMAGE_ENDINGS if folder else ():
-        if (file := Path(folder)/f'{case}{ending}').is_file(): return labels.encode(read_label_map(file)[0], case, file)
+    if file := _label_file(folder, case): return labels.encode(read_label_map(file)[0], case, file)
 
 def _truth(d, case, labels):
     "The reference of a case: as it was kept beside the preprocessed data, or raw"
@@ -503,11 +647,11 @@ def _result_section(m):
     for k, name in enumerate(s.names):
         column = dict(zip(s.cases, s.table[:, k]))
         interval = _interval(s.table[:, k])
-        rows.append(dict(name=name, values=column, interval=interval, text=_with_interval(_nanmean(s.table[:, k]), interval)))
+        rows.append(dict(name=name, values=column, mean=_nanmean(s.table[:, k]), interval=interval, text=_with_interval(_nanmean(s.table[:, k]), interval)))
     ranked = sorted((v, r['name']) for r in rows if math.isfinite(v := _nanmean(list(r['values'].values()))))
     title = f'{ranked[-1][1]} is found best, {ranked[0][1]} worst' if len(ranked) > 1 else 'How well the cases are segmented'
     alt = 'Dice of every case, a row a class: ' + '; '.join(f'{n} mean {_num(v)}' for v, n in ranked)
-    note = ('Each dot is a case; point at it to see which, and where it lies in the other rows. The band is the 95 % bootstrap interval of the mean: how far the mean would wander with '
+    note = ('Each dot is a case; point at it to see which, and where it lies in the other rows. The stroke is the mean, the band its 95 % bootstrap interval: how far the mean would wander with '
             'other cases of the same kind.' + ('' if len(s.cases) > 2 else ' With fewer than three cases there is no band.'))
     convention = next((f.summary['convention'] for f in m.folds.values() if f.summary and f.summary.get('convention')), '')
     return _section('result', title[0].upper() + title[1:], f'<figure class="wide">{dot_rows(rows, alt, low=0, high=1, unit="Dice")}<figcaption>{note}</figcaption></figure>'
@@ -534,7 +678,9 @@ def _cases_section(m):
         found = [_nanmean([_value(v.get(key)) for v in s.cases[case].values()]) for _, key, _ in more]
         rows.append([case, s.fold[case].name, bar, *classes, *((_num(v, digits), v) for v, (_, _, digits) in zip(found, more))])
     rows.sort(key=lambda r: (math.isnan(r[2][1]), -r[2][1] if math.isfinite(r[2][1]) else 0))
-    return _section('cases', f'All {_several(len(rows), "case")}', sortable_table(header, rows, 'Dice of every case; press a title to sort'))
+    known = [r[2][1] for r in rows if math.isfinite(r[2][1])]
+    title = f'From {_num(known[0])} down to {_num(known[-1])}: {"all" if len(rows) > 2 else "the"} {_several(len(rows), "case")}' if len(known) > 1 else _several(len(rows), 'case')
+    return _section('cases', title, sortable_table(header, rows, 'Dice of every case; press a title to sort'))
 
 # %% ../nbs/73_report.ipynb #2ca46a70
 def _gallery_section(m, d, missing, slices):
@@ -559,11 +705,12 @@ def _training_section(m):
     train, val = (_nanmean([_value(v) for v in column]) for column in zip(*last))
     epochs = max(len(f.history) for f in folds)
     lead = f'After {_several(epochs, "epoch")} the loss is {_num(train)} on patches of the training cases and {_num(val)} on those of the held-back ones.'
-    body = (curves(dice, f'Moving average of the patch Dice of {_several(len(folds), "fold")}', title='Patch Dice: an estimate, made while training', low=0, high=1)
+    body = (curves(dice, f'Moving average of the patch Dice of {_several(len(folds), "fold")}', title='Patch Dice: an estimate', low=0, high=1)
             + curves(loss, f'Loss on training patches, in the end {_num(train)}, and on validation patches, {_num(val)}', title='Loss: lower is better, −1 is perfect')
             + curves(rate, 'Learning rate over the epochs', title='Learning rate', low=0))
     return _section('training', 'How it learned', f'<div class="plots">{body}</div>', lead)
 
+# %% ../nbs/73_report.ipynb #abfadb34
 def _made_section(m):
     "Who made this model, when, with what"
     folds = [f for f in m.folds.values() if f.record]
@@ -572,7 +719,7 @@ def _made_section(m):
     for f in folds:
         run, machine = f.record['runs'][-1], f.record['runs'][-1].get('hardware', {})
         rows.append([f'fold {f.name}', f.record.get('epochs_done'), f.record.get('training_batches'), (_span(f.record.get('training_seconds') or 0), float(f.record.get('training_seconds') or 0)),
-                     machine.get('gpu') or f"{machine.get('cpu', '?')}, {machine.get('threads', '?')} threads", run.get('finished', 'not finished'), len(f.record['runs'])])
+                     machine.get('gpu') or f"{machine.get('cpu', '?')}, {_several(machine.get('threads', '?'), 'thread')}", run.get('finished', 'not finished'), len(f.record['runs'])])
     table = sortable_table(['fold', 'epochs', 'batches', 'time', 'machine', 'finished', 'runs'], rows, 'How each fold was trained')
     first, run = folds[0], folds[0].record['runs'][-1]
     asked = _details(f'All settings of fold {first.name}', _facts((k.replace('_', ' '), 'none' if v is None else _listed(v, 9) if isinstance(v, list) else v) for k, v in run['settings'].items()))
@@ -580,7 +727,7 @@ def _made_section(m):
     made = next((f.made_with for f in folds if f.made_with), None)
     said = _details('How the validation cases were predicted', _facts((k.replace('_', ' '), _listed(v, 9) if isinstance(v, list) else v) for k, v in made.items())) if made else ''
     total = sum(f.record.get('training_seconds') or 0 for f in folds)
-    return _section('made', 'How it was made', table + asked + said + soft, f'{_several(len(folds), "training")}, {_span(total)} in all.')
+    return _section('made', f'Made in {_span(total)}, in {_several(len(folds), "training")}', table + asked + said + soft)
 
 # %% ../nbs/73_report.ipynb #1649a946
 def _data_section(d, plans):
@@ -599,7 +746,14 @@ def _data_section(d, plans):
     parts += [_histogram(f, c) for c in sorted(f.histograms or {})]
     lead = f'{_several(len(f.shapes), "case")}, {_several(len(f.channels), "channel")} ({_listed(f.channels)}), {_several(len(f.labels), "class", "classes")} to find.'
     note = 'Each dot is a case, the number on the right the median.' + (' The dashed line is the voxel size that the plan resamples to.' if plans else '')
-    return _section('data', 'What the data are', f'<div class="plots">{"".join(parts)}</div><p class="note">{note}</p>', lead)
+    even = ' even' if len(parts) % 2 == 0 else ''
+    return _section('data', _data_title(mm, voxels), f'<div class="plots{even}">{"".join(parts)}</div><p class="note">{note}</p>', lead)
+
+def _data_title(mm, voxels):
+    "What is special about the grids of these cases"
+    if np.median(voxels, axis=0).min() < 2: return 'The cases are single slices'
+    coarse = np.sort(np.median(mm, axis=0))
+    return f'Slices lie {coarse[2] / coarse[1]:.1f} times further apart than pixels' if coarse[2] > 1.5 * coarse[1] else 'Voxels are nearly cubes'
 
 def _histogram(f, c):
     "The foreground's intensities of a channel"
@@ -608,7 +762,7 @@ def _histogram(f, c):
     unit = 'HU' if f.channels[c] in ('CT', 'ct') else 'unit of the image'
     s = (f.intensities or {}).get(c)
     clip = f': the middle 99 % lies between {_short(s["percentile_00_5"])} and {_short(s["percentile_99_5"])}' if s else ''
-    return curves([dict(name='', x=x, y=h['counts'])], f'Histogram of the foreground of {f.channels[c]}{clip}', title=f'Foreground of {f.channels[c]}, sampled voxels{clip}', x_name=unit, low=0)
+    return curves([dict(name='', kind='filled', x=x, y=h['counts'])], f'Histogram of the foreground of {f.channels[c]}{clip}', title=f'Foreground of {f.channels[c]}{clip}', x_name=unit, low=0)
 
 # %% ../nbs/73_report.ipynb #f69ad9fb
 def _explained(text):
@@ -619,7 +773,7 @@ def _explained(text):
         else: parts[-1][1].append(line)
     return ''.join(_details(head, '<ul class="why">' + ''.join(f'<li{" class=step" if line.startswith("    ") else ""}>{_esc(line.strip())}</li>' for line in lines) + '</ul>') for head, lines in parts)
 
-def _plan_section(plans):
+def _plan_section(plans, name=None):
     "What was decided, and why"
     if plans is None: return None
     c = list(plans.configurations.values())
@@ -632,50 +786,96 @@ def _plan_section(plans):
     try: why = _explained(plans.explain())
     except (KeyError, IndexError, TypeError): why = '' # a plan made elsewhere does not say how it came about
     pictures = ''.join(patch_in_case(x) for x in c)
-    return _section('plan', 'What was decided, and why', f'<div class="nests">{pictures}</div>{table}<div class="explained">{why}</div>',
-                    'The network sees one patch at a time. Grey: the median case. Coloured: the patch.')
+    shown = plans.configurations.get(name) or plans.configurations.get('3d_fullres') or c[-1]
+    return _section('plan', f'A patch sees {_seen(shown):.0%} of a median case', f'<div class="nests">{pictures}</div>{table}<div class="explained">{why}</div>',
+                    'What was decided, and why. The network sees one patch at a time. Grey: the median case. Coloured: the patch.')
 
 # %% ../nbs/73_report.ipynb #1e5ebbe0
-def _compared_section(models, selection):
-    "Configurations side by side, and what was chosen"
-    shown = [m for m in models if m.scores.cases]
+def _candidates(models, selection, missing):
+    "{name: (scores, folder)} of the configurations, and of the ensembles that a selection looked at"
+    found = {m.name: m.scores for m in models if m.scores.cases}
+    for c in selection.candidates if selection else ():
+        if c.name not in found and (summary := _maybe_json(selection.models/c.folder/'summary.json', missing)): found[c.name] = _pooled([SimpleNamespace(summary=summary)])
+    return found
+
+def _compared_section(models, selection, missing):
+    "Configurations and ensembles side by side, what was chosen, and how to predict with it"
+    found = _candidates(models, selection, missing)
     if len(models) < 2 and not selection: return None
-    rows = []
-    for m in shown:
-        interval = _interval(m.scores.table)
-        rows.append(dict(name=m.name, values=m.scores.means, interval=interval, text=_with_interval(_overall(m), interval)))
-    body = f'<figure class="wide">{dot_rows(rows, "Mean Dice of every case, a row a configuration", low=0, high=1, unit="mean Dice")}</figure>' if rows else ''
-    title = 'Which configuration'
+    chosen, rows = selection and selection.chosen, []
+    for name, s in found.items():
+        mean, interval = _overall(s), _interval(s.table)
+        rows.append(dict(name=name, values=s.means, mean=mean, interval=interval, chosen=name == chosen, text=_with_interval(mean, interval)))
+    alt = 'Mean Dice of every case, a row a candidate: ' + '; '.join(f'{r["name"]} {_num(r["mean"])}' for r in rows)
+    note = 'Each dot is a case, the stroke the mean over classes, the band its 95 % interval.' + ('' if selection else ' Nothing has been chosen yet: segnb select.')
+    body = f'<figure class="wide">{dot_rows(rows, alt, low=0, high=1, unit="Dice")}<figcaption>{note}</figcaption></figure>' if rows else ''
     if selection:
-        chosen = selection.get('chosen') or selection.get('best') or selection.get('name')
-        if chosen: title = f'Chosen: {chosen if isinstance(chosen, str) else _listed(chosen)}'
-        body += _details('The decision, as it is stored', f'<pre>{_esc(json.dumps(selection, indent=1)[:20000])}</pre>')
-    return _section('compared', title, body, 'Each dot is a case; the same cases in every row.' if rows else '')
+        body += f'<p class="said">{_esc(selection.explain())}</p>' + _details('The commands that predict with it', f'<pre>{_esc(chr(10).join(selection.commands()))}</pre>')
+    return _section('compared', f'{chosen} is chosen' if chosen else f'{_several(len(models), "configuration")} side by side', body)
 
-def _overall(m):
-    "Mean over classes of the means over cases"
-    return _nanmean([_nanmean(column) for column in m.scores.table.T]) if m.scores.cases else math.nan
+def _selection(folder, missing):
+    "What `segnb select` decided, or None"
+    if not (folder/'selection.json').is_file(): return None
+    from segnb.selection import Selection
+    try: return Selection.load(folder)
+    except SegnbError as error: missing.append(('selection.json cannot be read', str(error)))
 
-def _post_section(m):
-    "Which components are removed after prediction, and why"
-    if not m.post: return None
-    return _section('postprocessing', 'After the network', _details('The decision, as it is stored', f'<pre>{_esc(json.dumps(m.post, indent=1)[:20000])}</pre>'))
+# %% ../nbs/73_report.ipynb #8565d615
+def _decision(m, missing):
+    "The stored post-processing of a configuration, or None"
+    if not (m.folder/'postprocessing.json').is_file(): return None
+    try: return Postprocessing.load(m.folder/'postprocessing.json')
+    except SegnbError as error: missing.append(('postprocessing.json cannot be read', str(error)))
 
+def _post_section(m, d, missing, slices, n_workers):
+    "What is removed after prediction, why, and what that looks like where most is removed"
+    post = _decision(m, missing)
+    if post is None: return None
+    told = [line for line in post.explain().split('\n\n')[0].splitlines() if line]
+    ways = [(k, title) for k, title in (('raw', 'as predicted'), ('joint', 'all as one object'), ('each', 'then each class'), ('final', 'in the end')) if k in (post.scores or {})]
+    rows = [[(post.names or {}).get(v, f'label {v}'), *(_value(post.scores[k].get(v)) for k, _ in ways)] for v in (post.scores or {}).get('raw', {})]
+    table = sortable_table(['mean Dice', *(title for _, title in ways)], rows, 'What each way of removing pieces does to the mean Dice', digits=4) if rows else ''
+    title = 'Only the largest piece is kept' if post.which else 'After the network, nothing is removed'
+    return _section('postprocessing', title, f'<div class="beside"><div><ul class="why">{"".join(f"<li>{_esc(line)}</li>" for line in told)}</ul>{table}</div><div>'
+                    + (_removed(m, d, post, missing, slices, n_workers) if post.which else '') + '</div></div>')
+
+def _removed_voxels(task):
+    "Voxels of a label map that post-processing takes away"
+    file, post = task
+    labels, geometry = read_label_map(file)
+    return int((post.apply(labels, geometry.spacing) != labels).sum())
+
+def _removed(m, d, post, missing, slices, n_workers):
+    "How much is removed from each case, and the case that loses most"
+    files = {c: file for c, f in m.scores.fold.items() if (file := _label_file(f.folder/'validation', c))}
+    if not files: return ''
+    lost = dict(zip(files, parallel_map(_removed_voxels, [(f, post) for f in files.values()], n_workers, names=list(files), step='post-processing')))
+    case, n = max(lost.items(), key=lambda item: item[1])
+    said = f'<p class="note">{sum(v > 0 for v in lost.values())} of {_several(len(lost), "validated case")} lose something.</p>'
+    picture = _picture(d, case, missing) if n and d.description else None
+    if picture is None: return said
+    (before, geometry), (image, spacing, look), labels = read_label_map(files[case]), picture, d.description.labels
+    after = post.apply(before, geometry.spacing)
+    classes = {int(i): labels.names[int(i)] for i in np.unique(labels.encode(after)) if i}
+    return slice_viewer(image, spacing, None, labels.encode(after), removed=before != after, classes=classes, slices=slices, title=f'Loses most: {case}',
+                                                       note=f'{n:,} voxels are removed', **look) + said
+
+# %% ../nbs/73_report.ipynb #e3b53407
 def _missing_section(missing):
     "What the page would show if it were there"
     found = list(dict.fromkeys(missing))
     return _section('missing', 'What is missing', '<ul class="missing">' + ''.join(f'<li><b>{_esc(what)}</b> <span>{_esc(how)}</span></li>' for what, how in found) + '</ul>',
                     'The page shows what is there. This would add to it:') if found else None
 
-# %% ../nbs/73_report.ipynb #8565d615
+# %% ../nbs/73_report.ipynb #35a1dc9e
 def _head(kicker, title, standfirst, figures):
     "The top of the page: what it is about, in one sentence and a few numbers"
     tiles = ''.join(f'<div><dd>{v}</dd><dt>{_esc(k)}</dt></div>' for k, v in figures if v)
     return f'<header><p class="kicker">{_esc(kicker)}</p><h1>{_esc(title)}</h1><p class="standfirst">{standfirst}</p><dl class="tiles">{tiles}</dl></header>'
 
-def _model_head(m, d, title, several):
+def _model_head(m, d, title):
     "What a reader must know of a model"
-    n, interval, mean = len(m.scores.cases), _interval(m.scores.table), _overall(m)
+    n, interval, mean = len(m.scores.cases), _interval(m.scores.table), _overall(m.scores)
     task, folds = m.plans.dataset_name or m.folder.resolve().parent.name, [f for f in m.folds.values() if f.history or f.record or f.summary]
     total = len(d.cases) or len({c for f in folds for c in (*f.record.get('train_cases', ()), *f.record.get('val_cases', ()))})
     if n:
@@ -685,7 +885,7 @@ def _model_head(m, d, title, several):
     else: say = 'No case has been validated yet, so there is no result to report; the curves below are estimates.' if folds else 'Nothing has been trained yet.'
     worst = min((v, c) for c, v in m.scores.means.items() if math.isfinite(v)) if any(math.isfinite(v) for v in m.scores.means.values()) else None
     seconds = sum(f.record.get('training_seconds') or 0 for f in folds)
-    return _head(f'{task} · {m.name}', title or f'{_task_words(task)}, {m.name}', say,
+    return _head(f'{task} · {m.name}', title or _task_words(task), say,
                  [('mean Dice', _num(mean) if n else ''), ('cases validated', f'{n} <small>of {total}</small>' if total else str(n)), ('folds trained', str(len(folds))),
                   ('lowest case', f'{_num(worst[0])} <small>{_esc(worst[1])}</small>' if worst else ''), ('training', _span(seconds) if seconds else '')])
 
@@ -702,13 +902,13 @@ def _data_head(d, plans, title):
     if f: tiles += [('median voxel, mm', _by(np.median(f.spacings, axis=0))), ('median size, voxels', _by(np.median(f.shapes, axis=0)))]
     return _head(x.name, title or _task_words(x.name), say, tiles + ([('planned for', f'{plans.memory_gb:g} GB')] if plans else []))
 
-# %% ../nbs/73_report.ipynb #e3b53407
+# %% ../nbs/73_report.ipynb #1634b831
 def _volume_sections(d, missing, n_workers, slices):
     "How much of each class the cases hold: a figure, a table, and cases to look at"
     labels, files = d.description.labels, {}
     for case in d.cases:
-        kept = [d.truth/f'{case}{e}' for e in IMAGE_ENDINGS if (d.truth/f'{case}{e}').is_file()] if d.truth else []
-        if kept or d.raw: files[case] = kept[0] if kept else d.raw.label_file(case)
+        kept = _label_file(d.truth, case)
+        if kept or d.raw: files[case] = kept or d.raw.label_file(case)
     if not files: return []
     found = dict(zip(files, parallel_map(_volumes, [(f, labels, c) for c, f in files.items()], n_workers, names=list(files), step='reading label maps')))
     names = {i: labels.names[i] for i in labels.foreground}
@@ -724,123 +924,6 @@ def _volume_sections(d, missing, n_workers, slices):
     viewers = _viewers(d, [(w.capitalize(), c) for w, c in choose_cases(sums, ('least foreground', 'median', 'most foreground'))], labels, missing, slices,
                        notes={c: f'{_short(v)} ml labelled' for c, v in sums.items()})
     return [_section('classes', title, figure), _section('gallery', 'Least, median, most', viewers, 'Move the slider. Filled: the reference.'), _section('cases', f'All {_several(len(found), "case")}', table)]
-
-# %% ../nbs/73_report.ipynb #35a1dc9e
-_STYLE = '''
-:root{--paper:#fcfbf8;--ink:#1d1e20;--soft:#5b5d63;--line:#dedbd3;--faint:#f3f1ea;--accent:#1f5fa8;--band:#1f5fa82e;--dot:#1f5fa8;color-scheme:light dark;
---text:Charter,"Bitstream Charter","Iowan Old Style","Source Serif 4",Georgia,serif;--ui:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
-@media screen and (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e9e7e2;--soft:#a6a8ae;--line:#34373c;--faint:#1d2024;--accent:#86b8f2;--band:#86b8f238;--dot:#86b8f2}}
-*{box-sizing:border-box}html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 var(--text)}
-header,main,footer{max-width:68rem;margin:0 auto;padding:0 1.25rem}header{padding-top:4rem}
-.skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--paper);padding:.4rem}
-.kicker{font:600 .8rem/1.3 var(--ui);letter-spacing:.06em;color:var(--accent);margin:0 0 .6rem;overflow-wrap:anywhere}
-h1{font-size:clamp(2rem,6vw,3.4rem);line-height:1.08;margin:0 0 1rem;font-weight:600;letter-spacing:-.015em;text-wrap:balance}
-.standfirst{font-size:1.28rem;line-height:1.45;max-width:42rem;margin:0 0 2rem}
-.tiles{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;margin:0;padding:1.1rem 0;border-top:1px solid var(--line);font-family:var(--ui)}
-.tiles dd{margin:0;font-size:1.45rem;font-variant-numeric:tabular-nums}.tiles dt{font-size:.8rem;color:var(--soft)}.tiles div{display:flex;flex-direction:column}
-small{font-size:.78em;color:var(--soft)}
-nav{position:sticky;top:0;z-index:5;background:var(--paper);border-bottom:1px solid var(--line);border-top:1px solid var(--line)}
-nav ul{max-width:68rem;margin:0 auto;padding:.55rem 1.25rem;display:flex;gap:1.3rem;overflow-x:auto;list-style:none;font:.85rem var(--ui);scrollbar-width:none}
-nav a{color:var(--soft);text-decoration:none;white-space:nowrap;padding:.25rem 0}nav a:hover{color:var(--accent)}
-section{padding:3.2rem 0 0;scroll-margin-top:1.5rem}h2{font-size:1.75rem;line-height:1.2;margin:0 0 .5rem;font-weight:600;letter-spacing:-.01em;text-wrap:balance}
-h3{font:600 .95rem/1.35 var(--ui);margin:0 0 .5rem}.lead{max-width:42rem;margin:0 0 1.4rem;color:var(--soft)}
-figure{margin:0 0 1.2rem}figcaption,.note{font:.84rem/1.5 var(--ui);color:var(--soft);max-width:44rem}
-a,summary{color:var(--accent)}:focus-visible{outline:2px solid var(--accent);outline-offset:2px;border-radius:2px}
-details{border-top:1px solid var(--line);padding:.55rem 0}details:last-child{border-bottom:1px solid var(--line)}summary{cursor:pointer;font:.92rem var(--ui)}
-footer{padding:3rem 1.25rem 4rem;font:.84rem var(--ui);color:var(--soft)}
-'''
-
-# %% ../nbs/73_report.ipynb #1634b831
-_STYLE += '''
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,19rem),1fr));gap:1.6rem 2.2rem}
-.plots figcaption{font-weight:600;color:var(--ink);margin-bottom:.5rem}
-.dots{font:.86rem var(--ui)}.dots .row{display:grid;grid-template-columns:minmax(1.2rem,var(--names,8.5rem)) 1fr minmax(4rem,max-content);gap:1rem;align-items:center}
-.plots .dots{--names:1.2rem}.plots .dots .row{grid-template-columns:1.2rem 1fr 3rem;gap:.7rem}
-.dots .name{overflow-wrap:anywhere;line-height:1.2}.dots .num{font-variant-numeric:tabular-nums;white-space:nowrap;text-align:right;min-width:7.2rem}.plots .dots .num{min-width:0}
-.dots svg{width:100%;overflow:visible;display:block}.dots .axis{height:1.5rem;color:var(--soft);font-size:.76rem;align-items:start}.dots .axis .ticks{position:relative}
-.dots .ticks span{position:absolute;transform:translateX(-50%)}.dots .unit{text-align:right}
-.grid{stroke:var(--line);stroke-width:1}.band{fill:var(--band)}.dot{fill:var(--dot);fill-opacity:.62}.against{stroke:var(--ink);stroke-width:1.5;stroke-dasharray:3 2}
-.hot .dot,.dots.hot .dot{fill-opacity:.18}.dots .dot.on{fill-opacity:1;stroke:var(--ink);stroke-width:1.5}
-.plot .frame{display:grid;grid-template-columns:2.4rem 1fr max-content;grid-template-rows:11rem 1.6rem;font:.76rem var(--ui);color:var(--soft)}
-.plot .area{position:relative;border-bottom:1px solid var(--line)}.plot svg{width:100%;height:100%;display:block;overflow:visible}
-.plot .left,.plot .ends,.plot .under{position:relative}.plot .left span{position:absolute;right:.5rem;transform:translateY(50%)}
-.plot .ends span{position:absolute;left:.4rem;transform:translateY(50%);white-space:nowrap}.plot .ends{min-width:4.4rem}.plot .ends .main{color:var(--accent);font-weight:600}
-.plot .under{grid-column:2}.plot .under span{position:absolute;top:.2rem;transform:translateX(-50%)}.plot .under em{position:absolute;left:calc(100% + .4rem);top:.2rem;font-style:normal}
-polyline{fill:none;stroke-width:1.8;stroke-linejoin:round;vector-effect:non-scaling-stroke;stroke:var(--accent)}polyline.quiet{stroke:var(--soft);stroke-width:1.2;stroke-opacity:.75}
-.plot .grid{vector-effect:non-scaling-stroke}.point{position:absolute;width:7px;height:7px;border-radius:9px;background:var(--accent);margin:-3.5px}
-.nests{display:flex;flex-wrap:wrap;gap:1rem 3rem}.nested>div{display:flex;gap:1.2rem}.nested svg{width:9.5rem;height:9.5rem;display:block}
-.whole{fill:var(--faint);stroke:var(--soft);stroke-width:.8}.seen{fill:var(--band);stroke:var(--accent);stroke-width:1}.nested small{display:block;font-family:var(--ui);line-height:1.4;margin-top:.3rem}.nested figcaption{max-width:21rem;margin-top:.5rem}
-.facts{columns:3 14rem;font:.84rem/1.45 var(--ui);margin:.8rem 0}.facts div{break-inside:avoid;display:flex;justify-content:space-between;gap:1rem;border-bottom:1px solid var(--line);padding:.15rem 0}
-.facts dt{color:var(--soft)}.facts dd{margin:0;text-align:right;overflow-wrap:anywhere}
-.why{margin:.5rem 0;padding:0;list-style:none;font:.84rem/1.55 var(--ui);max-width:52rem}.why .step{color:var(--soft);padding-left:1.4rem;font-variant-numeric:tabular-nums}
-.missing{padding:0;list-style:none;font:.9rem/1.5 var(--ui)}.missing li{border-top:1px solid var(--line);padding:.4rem 0}.missing span{color:var(--soft);display:block;overflow-wrap:anywhere}
-pre{font-size:.78rem;overflow:auto;background:var(--faint);padding:.8rem;max-height:26rem}
-'''
-
-# %% ../nbs/73_report.ipynb #3b5c19e6
-_STYLE += '''
-.scroll{overflow:auto;max-height:36rem;margin:0 0 1rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
-table{border-collapse:collapse;font:.88rem/1.35 var(--ui);width:100%}caption{text-align:left;font-size:.8rem;color:var(--soft);padding:.5rem .6rem .5rem 0}
-th,td{padding:.38rem .9rem .38rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}td.n{text-align:right;font-variant-numeric:tabular-nums}
-thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}
-th button{all:unset;cursor:pointer;font-weight:600;padding:.2rem 0}th button:focus-visible{outline:2px solid var(--accent)}th button::after{content:"";display:inline-block;width:1em;color:var(--accent)}
-th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}tr.on td,tr.on th{background:var(--faint)}
-.bar{display:inline-block;min-width:6.5rem;padding:0 .3rem;background:linear-gradient(var(--band),var(--band)) 0 0/calc(var(--v)*100%) 100% no-repeat}
-.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));gap:2rem}
-.stack{position:relative;overflow:hidden;background:#000;width:100%}.stack img{position:absolute;left:0;top:0;width:100%;transform:translateY(calc(var(--i)*-100%/var(--n)))}
-.stack img[hidden]{display:none}.mm{position:absolute;left:.5rem;bottom:.5rem;border-bottom:3px solid #fff;color:#fff;font:.72rem var(--ui);text-shadow:0 0 3px #000,0 0 2px #000;white-space:nowrap}
-.slide{display:flex;gap:.6rem;align-items:center;font:.84rem var(--ui);margin:.6rem 0 0;max-width:340px}.slide input{flex:1;accent-color:var(--accent);min-width:0;height:1.8rem}
-.where{font:.8rem var(--ui);color:var(--soft);margin:.1rem 0 .5rem;font-variant-numeric:tabular-nums}
-.switches,.legend{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font:.84rem var(--ui);margin-bottom:.4rem}.switches input{accent-color:var(--accent)}.switches label{padding:.15rem 0}
-.legend i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px}
-@media(max-width:40rem){body{font-size:16px}header{padding-top:2.2rem}.standfirst{font-size:1.12rem}section{padding-top:2.4rem}.dots .row{--names:5.4rem;gap:.6rem}.dots .num{min-width:0}
-.wide .dots .num small{display:block}.stack,.slide{max-width:none!important}.facts{columns:1}}
-@media print{body{font-size:10.5pt;background:#fff}header{padding-top:0}nav,.switches,.slide,.skip{display:none!important}section{padding-top:1.4rem}h2,h3{break-after:avoid}
-figure,tr,.nested{break-inside:avoid}.scroll{max-height:none;overflow:visible}thead th,tbody th{position:static}.bar,.legend i,.point{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.cases{grid-template-columns:repeat(3,1fr);gap:1rem}.plots{grid-template-columns:repeat(2,1fr)}table{font-size:8.5pt}footer{padding:1rem 1.25rem}a,summary{color:inherit}}
-@media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-'''
-
-# %% ../nbs/73_report.ipynb #3a7451bd
-_SCRIPT = '''
-for (const table of document.querySelectorAll('table.sortable')) {
-  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
-  heads.forEach((head, i) => head.firstChild.addEventListener('click', () => {
-    const up = head.getAttribute('aria-sort') === 'descending' || (head.getAttribute('aria-sort') === 'none' && i === 0);
-    heads.forEach(h => h.setAttribute('aria-sort', 'none'));
-    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-    const key = row => row.cells[i].dataset.v;
-    const rows = [...body.rows].sort((a, b) => {
-      const x = key(a), y = key(b), both = x !== '' && y !== '';
-      if (!both) return (x === '') - (y === '');
-      const numbers = !isNaN(x) && !isNaN(y);
-      return (numbers ? x - y : x.localeCompare(y, undefined, {numeric: true})) * (up ? 1 : -1);
-    });
-    body.append(...rows);
-  }));
-}
-for (const figure of document.querySelectorAll('figure.case')) {
-  const about = JSON.parse(figure.dataset.about), stack = figure.querySelector('.stack'), where = figure.querySelector('.where');
-  const tail = where.textContent.slice(where.textContent.indexOf(';'));
-  const range = figure.querySelector('input[type=range]');
-  if (range) range.addEventListener('input', () => {
-    const s = about.slices[range.value];
-    stack.style.setProperty('--i', range.value);
-    where.textContent = `${about.axis} = ${s} of ${about.of}, ${Math.round(s * about.mm)} mm${tail}`;
-    range.setAttribute('aria-valuetext', `slice ${s}`);
-  });
-  for (const box of figure.querySelectorAll('input[type=checkbox]'))
-    box.addEventListener('change', () => { stack.querySelector('img.' + box.value).hidden = !box.checked; });
-}
-const light = name => {
-  for (const dots of document.querySelectorAll('.dots')) dots.classList.toggle('hot', name !== null && [...dots.querySelectorAll('.dot')].some(d => d.dataset.c === name));
-  for (const e of document.querySelectorAll('.dot, tr[data-c]')) e.classList.toggle('on', name !== null && e.dataset.c === name);
-};
-document.addEventListener('pointerover', e => { const t = e.target.closest('.dot, .sortable tbody tr'); light(t ? t.dataset.c : null); });
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.dataset.was = d.open; d.open = true; }));
-addEventListener('afterprint', () => document.querySelectorAll('details').forEach(d => { d.open = d.dataset.was === 'true'; }));
-'''
 
 # %% ../nbs/73_report.ipynb #8dba4e8a
 _NAMES = {'result': 'Result', 'compared': 'Configurations', 'gallery': 'Pictures', 'cases': 'Cases', 'training': 'Training', 'postprocessing': 'Post-processing',
@@ -875,23 +958,38 @@ def write_report(
     if out.suffix.lower() not in ('.html', '.htm'): out = out/'report.html'
     missing = []
     d = _read_data(raw, preprocessed, n_workers, missing, measure=kind != 'model')
-    if kind == 'model': name, head, sections = _model_page(folders, d, title, missing, slices)
+    if kind == 'model': name, head, sections = _model_page(folders, d, title, missing, slices, n_workers)
     else:
         plans = Plans.load(preprocessed/'plans.json') if preprocessed else None
         if plans is None: missing.append(('the plan', f'segnb plan {d.description.name}'))
         name, head = d.description.name, _data_head(d, plans, title)
         sections = [_data_section(d, plans), *_volume_sections(d, missing, n_workers, slices), _plan_section(plans)]
     page = _page(title or name, head, [*sections, _missing_section(missing)], Path(target).resolve().name)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out.parent, len(page))
     with whole_file(out) as part: part.write_text(page, encoding='utf-8')
     return out
 
-def _model_page(folders, d, title, missing, slices):
-    "Name, head and sections of a page about a model; of several configurations the best scored is shown in full"
-    models = [_read_model(f, missing) for f in folders]
-    m = max(models, key=lambda m: (-1 if math.isnan(_overall(m)) else _overall(m)))
-    selection = _maybe_json(m.folder.resolve().parent/'selection.json', missing)
-    sections = [_result_section(m), _compared_section(models, selection), _gallery_section(m, d, missing, slices), _cases_section(m), _training_section(m), _post_section(m),
-                _data_section(d, m.plans), _plan_section(m.plans), _made_section(m)]
-    task = m.plans.dataset_name or m.folder.resolve().parent.name
-    return f'{task}, {m.name}', _model_head(m, d, title, len(models) > 1), sections
+# %% ../nbs/73_report.ipynb #d3fa6b73
+def _model_page(folders, d, title, missing, slices, n_workers):
+    "Name, head and sections of a page about a model; of several configurations the chosen or else the best scored is shown in full"
+    models, task_folder = [_read_model(f, missing) for f in folders], _parent(folders[0])
+    selection = _selection(task_folder, missing)
+    wanted = [m for m in models if selection and m.name in selection.best.configurations] or models
+    m = max(wanted, key=lambda m: np.nan_to_num(_overall(m.scores), nan=-1))
+    _note_missing(m, models, d, selection, missing)
+    sections = [_result_section(m), _compared_section(models, selection, missing), _gallery_section(m, d, missing, slices), _cases_section(m), _training_section(m),
+                _post_section(m, d, missing, slices, n_workers), _data_section(d, m.plans), _plan_section(m.plans, m.name), _made_section(m)]
+    return f'{m.plans.dataset_name or task_folder.name}, {m.name}', _model_head(m, d, title), sections
+
+def _parent(folder):
+    "The folder of all configurations, relative if `folder` is: the page then tells nobody where it was made"
+    found = os.path.dirname(os.path.abspath(folder))
+    return Path(found if Path(folder).is_absolute() else os.path.relpath(found))
+
+def _note_missing(m, models, d, selection, missing):
+    "What more could be done for this model"
+    task, folds = d.description.name if d.description else m.plans.dataset_name, _maybe_json(d.preprocessed/'splits.json', missing) if d.preprocessed else None
+    untrained = [str(k) for k in range(len(folds or ())) if str(k) not in m.folds]
+    if untrained and 'all' not in m.folds: missing.append((f'{_several(len(untrained), "fold")} of {m.name}: {_listed(untrained, 9)}', f'segnb train {task} {untrained[0]} -c {m.name}'))
+    if m.scores.cases and not (m.folder/'postprocessing.json').is_file(): missing.append((f'the post-processing of {m.name}', f'segnb postprocess {task} -c {m.name}'))
+    if len(models) > 1 and not selection: missing.append(('the choice between the configurations', f'segnb select {task}'))
