@@ -72,12 +72,16 @@ def how_sure(
 )->dict:             # {name: {'interval': (low, high), 'wins': share of the draws, 'dice': (draws,)}}
     "Draw the cases again, with replacement, and let the candidates compete on each draw"
     n = len(next(iter(tables.values())))
-    weights = keyed_rng(seed, 'selection', n).multinomial(n, np.full(n, 1/n), size=n_draws).astype(float)
+    drawn = keyed_rng(seed, 'bootstrap', n).integers(0, n, (n_draws, n)) # the draws of `bootstrap_interval`
+    weights = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(float)
     dice = np.stack([foreground_dice(t, weights) for t in tables.values()])
     winners = len(dice) - 1 - np.argmax(np.nan_to_num(dice[::-1], nan=-1), 0) # of equals the last
-    tail = (1 - level)/2
-    return {name: {'interval': tuple(np.nanquantile(d, (tail, 1 - tail)).tolist()) if np.isfinite(d).any() else (np.nan, np.nan),
-                   'wins': float((winners == i).mean()), 'dice': d} for i, (name, d) in enumerate(zip(tables, dice))}
+    return {name: {'interval': _bounds(d, level, n), 'wins': float((winners == i).mean()), 'dice': d} for i, (name, d) in enumerate(zip(tables, dice))}
+
+def _bounds(draws, level, n_cases):
+    "Where the middle share of the draws lies; nan with fewer than two cases"
+    if n_cases < 2 or not np.isfinite(draws).any(): return float('nan'), float('nan')
+    return tuple(np.nanquantile(draws, ((1 - level)/2, (1 + level)/2)).tolist())
 
 # %% ../nbs/72_selection.ipynb #7fc0f9cf
 ORDER = ('2d', '3d_lowres', '3d_fullres', '3d_cascade_fullres') # as v1 lists them; whatever else is there follows by name
@@ -126,7 +130,8 @@ def _as_before(folder):
     "How the network was asked last time, so that its answers stay the same"
     if not (folder/'made_with.json').exists(): return {}
     made = read_json(folder/'made_with.json')
-    return {'step_size': made['step_size'], 'precision': made['precision'], 'mirror': tuple(made['mirror_axes']) or False}
+    told = ('step_size', 'precision', 'whole_image', 'export_order', 'export_order_z')
+    return {k: made[k] for k in told if k in made} | {'mirror': tuple(made['mirror_axes']) or False}
 
 # %% ../nbs/72_selection.ipynb #aed50843
 def _pool(models, name, folds):
@@ -220,14 +225,14 @@ def select(
                                  (postprocessed or {}).get(name)) for name, (*_, dice) in tables.items())
     others = {name: score for name, score in scores.items() if name != chosen}
     return Selection(Path(models), chosen, candidates, tuple(folds), tuple(cases), dict(labels or {k: str(k) for k in numbers}),
-                     _lead(chosen, others, scores, sure, level), **about)
+                     _lead(chosen, others, scores, sure, level, len(cases)), **about)
 
-def _lead(chosen, others, scores, sure, level):
+def _lead(chosen, others, scores, sure, level, n_cases):
     "What the chosen one is ahead of the next best by, over the same draws of the cases"
     if all(np.isnan(s) for s in others.values()): return None
-    next_best, tail = choose(others), (1 - level)/2
-    draws = sure[chosen]['dice'] - sure[next_best]['dice']
-    return {'to': next_best, 'dice': scores[chosen] - scores[next_best], 'interval': np.nanquantile(draws, (tail, 1 - tail)).tolist(), 'level': level}
+    next_best = choose(others)
+    apart = _bounds(sure[chosen]['dice'] - sure[next_best]['dice'], level, n_cases)
+    return {'to': next_best, 'dice': scores[chosen] - scores[next_best], 'interval': list(apart), 'level': level}
 
 # %% ../nbs/72_selection.ipynb #5b309f02
 def _four(x): return '-' if x is None or np.isnan(x) else f'{x:.4f}'
@@ -255,8 +260,10 @@ def explain(self:Selection,
     text = [f'{self.chosen} is chosen: its mean foreground Dice before post-processing is {best.dice:.4f} over {where}, {rank}.']
     if self.difference:
         to, by, (low, high) = self.difference['to'], self.difference['dice'], self.difference['interval']
-        text.append(f"That is {by:.4f} above {to}, the next best; with the cases drawn again the difference lies between {low:.4f} and {high:.4f} in {self.difference['level']:.0%} of the draws.")
-        text.append(f'{self.chosen} wins {best.wins:.0%} of the draws.' + ('' if low > 0 else f' These cases do not tell the two apart.'))
+        text.append(f'That is {by:.4f} above {to}, the next best.' if by else f'{to} is exactly as good; of equals the last listed is taken.')
+        if not np.isnan(low):
+            text.append(f"With the cases drawn again the difference lies between {low:.4f} and {high:.4f} in {self.difference['level']:.0%} of the draws, and {self.chosen} is the best in {best.wins:.0%}.")
+            if not low > 0: text.append('These cases do not tell the two apart.')
         single = max((c for c in self.candidates if len(c.configurations) == 1), key=lambda c: np.nan_to_num(c.dice, nan=-1))
         if len(best.configurations) > 1: text.append(f'It takes two models; the best of the single ones is {single.name} with {single.dice:.4f}.')
     if best.postprocessed is not None: text.append(f'After its post-processing the Dice is {best.postprocessed:.4f}; that did not decide.')
@@ -306,8 +313,6 @@ def commands(self:Selection,
     return lines
 
 # %% ../nbs/72_selection.ipynb #8d38b2b4
-from fastcore.basics import patch
-
 @patch
 def save(self:Selection,
     file=None, # JSON; None: selection.json in the folder of the models

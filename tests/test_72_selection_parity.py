@@ -119,6 +119,16 @@ def test_a_choice_without_rivals_says_so():
     assert 'the only candidate' in text and 'next best' not in text and 'too good' not in text
 
 
+def test_equal_scores_are_called_equal():
+    same = select(results_of({'2d': np.ones((3, 1)), '3d_fullres': np.ones((3, 1))}))
+    assert same.chosen == '3d_fullres' and '2d is exactly as good' in same.explain() and 'do not tell the two apart' in same.explain()
+
+
+def test_one_case_has_no_interval():
+    one = select(results_of({'2d': np.full((1, 2), .5), '3d_fullres': np.full((1, 2), .6)}))
+    assert np.isnan(one.best.interval).all() and 'drawn again' not in one.explain() and 'nan' not in one.explain() + one.table() and '- to -' in one.table()
+
+
 @pytest.mark.parametrize('name, n, words', [('2d', 1, []), ('2d+3d_fullres', 3, ['ensemble']), ('3d_cascade_fullres', 2, ['--previous OUT/3d_lowres']),
                                             ('3d_fullres+3d_cascade_fullres', 4, ['--previous OUT/3d_lowres', 'ensemble OUT/3d_fullres OUT/3d_cascade_fullres']),
                                             ('3d_lowres+3d_cascade_fullres', 3, ['--previous OUT/3d_lowres', 'ensemble OUT/3d_lowres'])])
@@ -202,14 +212,14 @@ def test_the_time_is_that_of_the_last_time(tmp_path):
 def test_missing_answers_are_announced_before_the_first_prediction_and_asked_as_before(tmp_path, monkeypatch):
     write_model(tmp_path, '2d', cases=3, probabilities=False)
     write_model(tmp_path, '3d_fullres', cases=3)
-    made = {'step_size': .7, 'precision': 'fp32', 'mirror_axes': [0, 2]}
+    made = {'step_size': .7, 'precision': 'fp32', 'mirror_axes': [0, 2], 'whole_image': False, 'export_order': 3, 'weights': 'abc'}
     (tmp_path/'2d'/'fold_0'/'validation'/'made_with.json').write_text(json.dumps(made))
     said, asked = [], []
     monkeypatch.setattr(selection, 'validate_fold', lambda model, fold, preprocessed, **how: asked.append((len(said), model.name, fold, how)))
     done = selection._predict_missing(tmp_path, tmp_path, ['2d', '3d_fullres'], FOLDS, True, said.append, {'device': 'cpu'})
     assert done == {'2d': 6} and len(said) == 1 and '6 cases of fold 0, 1' in said[0] and 'about 60 s at 10.0 s a case' in said[0]
     assert [a[:3] for a in asked] == [(1, '2d', 0), (1, '2d', 1)]
-    assert asked[0][3] == dict(save_probabilities=True, overwrite=False, step_size=.7, precision='fp32', mirror=(0, 2), device='cpu')
+    assert asked[0][3] == dict(save_probabilities=True, overwrite=False, step_size=.7, precision='fp32', mirror=(0, 2), whole_image=False, export_order=3, device='cpu')
     assert asked[1][3] == dict(save_probabilities=True, overwrite=False, device='cpu')
 
 
