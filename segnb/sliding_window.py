@@ -164,12 +164,12 @@ class _Ring:
     "Sums of the planes that windows still write to; plane z lies at z % depth"
     SLAB = 2**25 # bytes handed over at a time
 
-    def __init__(self, windows, n_outputs, regions, device, whole=None):
+    def __init__(self, windows, n_outputs, regions, device, share=1., whole=None): # share: of one answer in the mean, 1/(mirrored copies x networks)
         self.windows, self.regions, self.whole, shape = windows, regions, whole, windows.shape[1:]
         self.depth = windows.depth if whole is None else windows.shape[0] # given the whole array, nothing has to leave
         self.total = torch.zeros((n_outputs, self.depth, *shape), device=device) if whole is None else torch.from_numpy(whole)
         self.inverse = torch.empty((self.depth, *shape), device=device)
-        self.weight, self.opened = torch.from_numpy(windows.weight).to(device), 0
+        self.weight, self.opened = torch.from_numpy(windows.weight*np.float32(share)).to(device), 0
 
     def to_cpu(self): self.total, self.inverse, self.weight = self.total.cpu(), self.inverse.cpu(), self.weight.cpu()
 
@@ -197,11 +197,11 @@ class _Ring:
 
 # %% ../nbs/62_sliding_window.ipynb #261ae6d5
 @patch
-def add(self:_Ring, logits, jobs, share, pool=None):
+def add(self:_Ring, logits, jobs, pool=None):
     "Add the answers (B, K, z, y, x) to windows and mirrored copies `jobs`: [(corner, flipped axes)]"
-    if logits.device.type != 'cpu' or self.total.device.type != 'cpu': return self.add_on_device(logits, jobs, share)
+    if logits.device.type != 'cpu' or self.total.device.type != 'cpu': return self.add_on_device(logits, jobs)
     logits, depth = logits.float().contiguous().flatten(2).numpy(), self.windows.size[0]
-    arrays = [a.numpy() for a in (self.weight*share, self.inverse, self.total)]
+    arrays = [a.numpy() for a in (self.weight, self.inverse, self.total)]
     def planes(ends):
         for one, (corner, flips) in zip(logits, jobs):
             _add_window(one, *arrays, corner, tuple(axis in flips for axis in range(3)), self.regions, *ends)
@@ -211,7 +211,7 @@ def add(self:_Ring, logits, jobs, share, pool=None):
     list(pool.map(planes, zip(cuts, cuts[1:])))
 
 @patch
-def add_on_device(self:_Ring, logits, jobs, share):
+def add_on_device(self:_Ring, logits, jobs):
     "The same with torch: turned back, weighted and added where the sums are"
     probabilities = logits.float().sigmoid() if self.regions else logits.float().softmax(1)
     size, sums, steps = self.windows.size, {}, []
@@ -222,7 +222,7 @@ def add_on_device(self:_Ring, logits, jobs, share):
         p, plane = p.to(self.total.device), (slice(y, y + size[1]), slice(x, x + size[2]))
         for first, place, n in self.parts(z, z + size[0]):
             at = (slice(place, place + n), *plane)
-            steps.append((at, p[:, first - z:first - z + n], self.weight[first - z:first - z + n]*self.inverse[at]*share))
+            steps.append((at, p[:, first - z:first - z + n], self.weight[first - z:first - z + n]*self.inverse[at]))
     for at, p, factor in steps: self.total[(slice(None), *at)].addcmul_(p, factor) # all or nothing: memory can run out only above
 
 # %% ../nbs/62_sliding_window.ipynb #18cc2f55
@@ -237,8 +237,11 @@ class _Passes:
         self.measured = self.given or device.type != 'cuda'
 
     def ask(self, network, image, size, jobs): # logits (B, K, z, y, x)
-        tiles = {c: torch.from_numpy(np.array(image[(slice(None), *(slice(s, s + n) for s, n in zip(c, size)))])).to(self.device) for c, _ in jobs}
-        x = torch.stack([tiles[c].flip([axis + 1 for axis in flips]) if flips else tiles[c] for c, flips in jobs])
+        tiles = {c: image[(slice(None), *(slice(s, s + n) for s, n in zip(c, size)))] for c, _ in jobs}
+        if self.device.type == 'cpu': x = torch.from_numpy(np.stack([np.flip(tiles[c], [axis + 1 for axis in flips]) for c, flips in jobs]))
+        else: # each window travels once, its mirrored copies are made there
+            tiles = {c: torch.from_numpy(np.array(tile)).to(self.device) for c, tile in tiles.items()}
+            x = torch.stack([tiles[c].flip([axis + 1 for axis in flips]) for c, flips in jobs])
         if len(x) == 1 and not self.given and _slow_alone(network, x): x = x.repeat(2, 1, 1, 1, 1)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None): logits = network(x[:, :, 0] if self.flat else x)
         if isinstance(logits, (list, tuple)): logits = logits[0] # trained with deep supervision
@@ -261,11 +264,11 @@ def measure(self:_Passes, network, image, size, jobs):
     return logits
 
 @patch
-def through(self:_Passes, network, image, size, jobs, ring, share, pool=None):
+def through(self:_Passes, network, image, size, jobs, ring, pool=None):
     "Ask about all `jobs` and add the answers; yields how many are done after each batch"
     while jobs:
         n = self.batch + (self.batch > 1 and len(jobs) == self.batch + 1) if self.measured else 1 # none is left alone
-        try: ring.add((self.ask if self.measured else self.measure)(network, image, size, jobs[:n]), jobs[:n], share, pool)
+        try: ring.add((self.ask if self.measured else self.measure)(network, image, size, jobs[:n]), jobs[:n], pool)
         except torch.cuda.OutOfMemoryError as error: self.shrink(ring, error)
         else:
             yield len(jobs[:n])
@@ -339,13 +342,13 @@ def slabs(self:_Run, whole=None):
     "Yield (start, probabilities) of finished planes, padding included; given the array `whole`, sums are kept in it"
     w, n_passes = self.windows, len(self.flips)*len(self.networks)
     home = _home(self.accumulate, self.device, self.n_outputs*w.depth*int(np.prod(w.shape[1:]))*4) if whole is None else torch.device('cpu')
-    ring = _Ring(w, self.n_outputs, self.regions, home, whole)
+    ring = _Ring(w, self.n_outputs, self.regions, home, 1/n_passes, whole)
     with ThreadPoolExecutor(torch.get_num_threads()) as pool, tqdm(total=len(w.starts[0])*len(w.places)*n_passes, desc='sliding window', disable=not self.progress, leave=False) as bar:
         for group, following in zip(w.groups, [*w.groups[1:], [w.shape[0]]]):
             ring.open(group[-1] + w.size[0])
             jobs = [((z, *place), flips) for z in group for place in w.places for flips in self.flips]
             for network in self.networks: # all folds write to the same sums
-                for n in self.passes.through(network, self.image, w.size, jobs, ring, 1/n_passes, pool): bar.update(n)
+                for n in self.passes.through(network, self.image, w.size, jobs, ring, pool): bar.update(n)
             yield from ring.take(group[0], following[0])
 
 # %% ../nbs/62_sliding_window.ipynb #a272e22e
