@@ -79,7 +79,7 @@ class _WayBack:
         return inside.transpose(*range(lead), *(lead + i for i in self.forward))
 
 # %% ../nbs/63_export.ipynb #4d563090
-PLANES = 16   # planes of an array in one slab
+PLANES = 8   # planes of an array in one slab
 
 
 def _slabs(probabilities):
