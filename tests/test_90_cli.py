@@ -7,8 +7,9 @@ import SimpleITK as sitk
 import torch
 
 from conftest import QUICK, SEGNB, command, files
+from segnb.cli import main
 
-VERBS = ('demo', 'convert', 'doctor', 'plan', 'preprocess', 'train', 'predict', 'evaluate')
+VERBS = ('convert', 'doctor', 'plan', 'preprocess', 'split', 'train', 'predict', 'evaluate', 'postprocess', 'ensemble', 'select', 'report', 'overlay', 'demo', 'v1', 'completion')
 
 
 def grid(file):
@@ -27,15 +28,16 @@ def test_version_and_help():
 
 
 @pytest.mark.parametrize('verb', VERBS)
-def test_every_verb_explains_itself(verb):
-    said = command(verb, '--help')
-    assert said.returncode == 0 and f'Example: segnb {verb}' in re.sub(r'\s+', ' ', said.stdout) and not said.stderr
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as stop: main([verb, '--help'])
+    said = capsys.readouterr()
+    assert stop.value.code == 0 and f'Example: segnb {verb}' in re.sub(r'\s+', ' ', said.out) and not said.err
 
 
 @pytest.mark.parametrize('args', [(), ('segment',), ('train', '1'), ('train', '1', '0', '--epochs', 'many'), ('predict', '-i', '.')])
-def test_wrong_use_exits_with_2_and_says_how(args):
-    said = command(*args)
-    assert said.returncode == 2 and 'usage: segnb' in said.stderr and 'Traceback' not in said.stderr
+def test_wrong_use_exits_with_2_and_says_how(args, capsys):
+    with pytest.raises(SystemExit) as stop: main(list(args))
+    assert stop.value.code == 2 and 'usage: segnb' in capsys.readouterr().err
 
 
 def test_an_unknown_data_set_lists_the_known_ones(ct):
@@ -66,7 +68,7 @@ def test_training_ends_with_scores_of_whole_images(ct):
 def test_label_maps_have_exactly_the_grid_of_their_image(task, request):
     task = request.getfixturevalue(task)
     maps = sorted(task.predictions.glob('*.nii.gz'))
-    assert len(maps) == 2 and files(task.predictions) == {m.name for m in maps}
+    assert len(maps) == 2 and files(task.predictions) == {m.name for m in maps} | {'made_with.json'}
     grids = [grid(m) for m in maps]
     assert grids == [grid(task.raw/'imagesTs'/m.name.replace('.nii.gz', '_0000.nii.gz')) for m in maps]
     assert any(min(abs(g[3][1]), abs(g[3][5])) > .05 for g in grids)  # one of them lies obliquely
@@ -75,7 +77,7 @@ def test_label_maps_have_exactly_the_grid_of_their_image(task, request):
 
 def test_prediction_leaves_what_is_there_unless_told(ct, segnb, tmp_path):
     out = shutil.copytree(ct.predictions, tmp_path/'out')
-    first, second = sorted(out.iterdir())
+    first, second = sorted(out.glob('*.nii.gz'))
     first.unlink()
     second.write_bytes(b'mine')
     args = ('predict', '-i', ct.raw/'imagesTs', '-o', out, '-m', ct.model, '--device', 'cpu', '-q')
@@ -122,6 +124,13 @@ def test_a_killed_training_continues_to_the_same_weights(ct, tmp_path, when):
     assert [json.loads(line)['epoch'] for line in (fold/'log.jsonl').read_text().splitlines()] == [0, 1]
 
 
+def test_a_continued_training_keeps_the_options_that_are_not_given_again(ct, segnb, tmp_path):
+    shutil.copytree(ct.workspace, tmp_path, dirs_exist_ok=True)
+    said = segnb('train', ct.raw.name, 0, '-w', tmp_path, '--continue', '--epochs', 3, '--no-validation', '-q', '-j', 0, '--device', 'cpu')
+    rows = [json.loads(line) for line in (tmp_path/'models'/ct.raw.name/'3d_fullres'/'fold_0'/'log.jsonl').read_text().splitlines()]
+    assert said.returncode == 0 and [r['iterations'] for r in rows] == [3, 3, 3]
+
+
 def test_ctrl_c_says_so_and_leaves_the_fold_free(ct, tmp_path):
     shutil.copytree(ct.preprocessed, tmp_path/'preprocessed'/ct.raw.name)
     train, fold = ['train', ct.raw.name, '0', '-w', str(tmp_path), *map(str, QUICK)], tmp_path/'models'/ct.raw.name/'3d_fullres'/'fold_0'
@@ -149,6 +158,6 @@ def test_the_demo_leaves_scores_curves_and_pictures(ct, tmp_path):
     for run in range(2):  # a demo may be run again
         said = command('demo', '-o', tmp_path/'demo', '--samples', tmp_path/'samples', '--minutes', .05, '--device', 'cpu', '-q', cwd=tmp_path)
         assert said.returncode == 0, said.stderr
-    cases = [f.name[:-len('.nii.gz')] for f in ct.predictions.iterdir()]
-    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
+    cases = [f.name[:-len('.nii.gz')] for f in ct.predictions.glob('*.nii.gz')]
+    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json', 'label_maps/made_with.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
     assert (tmp_path/'demo'/'results'/'dice.txt').read_text() in said.stdout
