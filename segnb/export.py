@@ -25,7 +25,8 @@ def _checked(probabilities, properties, labels=None):
     given, wanted = tuple(probabilities.shape), tuple(properties['shape_after_resampling'])
     if len(given) != 4 or given[1:] != wanted:
         raise ExportError('these probabilities do not belong to this case', case=properties.get('identifier'),
-                          found=f'shape {given}', expected=f'(classes, {", ".join(map(str, wanted))}), its shape after resampling')
+                          found=f'shape {given}',
+                          expected=f'(classes, {", ".join(map(str, wanted))}), its shape after resampling')
     if labels is not None and given[0] != labels.n_outputs:
         raise ExportError(f'{given[0]} probability maps for {labels.n_outputs} labels', case=properties.get('identifier'),
                           expected=f'one for each of {[*(labels.regions or labels.names.values())]}')
@@ -60,9 +61,10 @@ class _WayBack:
         self.forward = tuple(backward.index(i) for i in range(3))
         self.old, self.shape = tuple(properties['shape_after_resampling']), tuple(properties['shape'])
         self.box = CropBox(properties['bbox'])
-        if self.box.shape != tuple(properties['shape_after_crop']) or any(b > n for (_, b), n in zip(self.box, self.shape)):
-            raise ExportError('the box does not fit the image', case=properties.get('identifier'), found=f'box {tuple(self.box)}',
-                              expected=f"a block of {tuple(properties['shape_after_crop'])} within {self.shape}")
+        inside, cropped = all(b <= n for (_, b), n in zip(self.box, self.shape)), tuple(properties['shape_after_crop'])
+        if not inside or self.box.shape != cropped:
+            raise ExportError('the box does not fit the image', case=properties.get('identifier'),
+                              found=f'box {tuple(self.box)}', expected=f'a block of {cropped} within {self.shape}')
         spacing = [properties['spacing_after_resampling'][i] for i in backward]   # both spacings in the original axes
         alone = separate_axis(properties['spacing'], spacing)
         self.new = tuple(self.box.shape[i] for i in self.forward)
@@ -95,17 +97,17 @@ def _slabs(probabilities):
 def _planes(probabilities, properties, labels=None):
     "Yield z and the (K, Y, X) float32 plane there, in order; refuse what does not belong to the case"
     if hasattr(probabilities, 'shape'): _checked(probabilities, properties, labels)
-    case, depth, z = properties.get('identifier'), properties['shape_after_resampling'][0], 0
+    case, (depth, *plane), z = properties.get('identifier'), properties['shape_after_resampling'], 0
     for start, slab in _slabs(probabilities):
-        _checked(slab[:, :1], {**properties, 'shape_after_resampling': (1, *properties['shape_after_resampling'][1:])}, labels)
+        _checked(slab[:, :1], {**properties, 'shape_after_resampling': (1, *plane)}, labels)
         if start != z or start + slab.shape[1] > depth:
             raise ExportError('slabs must follow each other', case=case, found=f'planes {start} to {start + slab.shape[1]}',
                               expected=f'to go on at plane {z} of {depth}')
         for i in range(slab.shape[1]):
-            plane, finite = _single(slab[:, i])
+            single, finite = _single(slab[:, i])
             if not finite: raise ExportError('the probabilities hold NaN or infinity', case=case, found=f'in plane {z}',
                                              fix='look for NaN in the image and in the weights of the network')
-            yield z, plane
+            yield z, single
             z += 1
     if z != depth: raise ExportError('slabs are missing', case=case, found=f'{z} planes', expected=depth)
 
@@ -207,7 +209,8 @@ class _Decider:
         self.view, (_, height, width) = way.view(self.result), way.old
         self.new = np.empty(way.new[1:], self.table.dtype)
         padded = labels.n_outputs if labels.n_outputs < 5 else -(-labels.n_outputs//8)*8   # whole registers
-        self.planes = [(np.full((height, width, padded), -1e30, np.float32), np.zeros((height, width), np.int16)) for _ in range(2)]
+        self.planes = [(np.full((height, width, padded), -1e30, np.float32), np.zeros((height, width), np.int16))
+                       for _ in range(2)]
         self.threads = min(_threads(), height)
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
@@ -224,12 +227,13 @@ class _Decider:
         for new in ready:
             if new == ready[0] or weight[new] or first[new] != first[new - 1]:   # else the same plane is picked again
                 (a, ahead_a), (b, ahead_b) = self.planes[first[new] % 2], self.planes[second[new] % 2]
-                self.rows(_decide, len(self.new), a, b, ahead_a, ahead_b, weight[new], *self.way.taps[1:], self.table, self.new, self.regions)
+                self.rows(_decide, len(self.new), a, b, ahead_a, ahead_b, weight[new], *self.way.taps[1:],
+                          self.table, self.new, self.regions)
             self.view[new] = self.new
 
 # %% ../nbs/63_export.ipynb #380b219b
 def to_original_grid(
-    probabilities,        # (K, Z, Y, X) floats of any width, in the plan's axes and spacing, a memory map too; or an iterable of (start, (K, n, Y, X)) slabs along Z
+    probabilities,        # (K, Z, Y, X) floats in the plan's axes and spacing; or slabs of them, (start, (K, n, Y, X))
     case_properties:dict, # From `preprocess_case`
     labels,               # `Labels` of the data set
     order:int=1,          # Spline order, 0 to 3; in plane only where one axis is coarse
@@ -257,10 +261,13 @@ def _class_by_class(probabilities, properties, labels, order, order_z):
 class _Spool:
     "Slabs put together in a nameless file, which is gone when nobody holds it"
     def __init__(self, properties, dtype, folder):
-        self.shape, self.dtype, self.folder, self.array = tuple(properties['shape_after_resampling']), dtype, folder, None
+        self.shape, self.array = tuple(properties['shape_after_resampling']), None
+        self.dtype, self.folder = dtype, folder
 
     def __call__(self, z, plane):
-        if self.array is None: self.array = np.memmap(tempfile.TemporaryFile(dir=self.folder), self.dtype, 'w+', shape=(len(plane), *self.shape))
+        if self.array is None:
+            file = tempfile.TemporaryFile(dir=self.folder)
+            self.array = np.memmap(file, self.dtype, 'w+', shape=(len(plane), *self.shape))
         self.array[:, z] = plane
         if z % PLANES == 0 and hasattr(self.array._mmap, 'madvise'): self.array._mmap.madvise(mmap.MADV_DONTNEED)
 
@@ -313,10 +320,12 @@ def probabilities_to_original_grid(
         nonlocal out
         if out is None: out = empty(len(mixed))
         way.view(out)[:, new] = mixed
-    array = _pass(probabilities, case_properties, sinks=[_Mixer(way, use)] if way.streams else [], keep=not way.streams, dtype=np.float32)
+    sinks = [_Mixer(way, use)] if way.streams else []
+    array = _pass(probabilities, case_properties, sinks=sinks, keep=not way.streams, dtype=np.float32)
     if not way.streams:
         out = empty(len(array))
-        for whole, one in zip(out, _cropped_classes(array, case_properties, order, order_z)): whole[way.box.slices] = one
+        classes = _cropped_classes(array, case_properties, order, order_z)
+        for whole, one in zip(out, classes): whole[way.box.slices] = one
     return out
 
 # %% ../nbs/63_export.ipynb #cd2010b0
@@ -344,8 +353,8 @@ def save_label_map(
 ):
     "Write a label map with exactly the geometry of its image, whole or not at all; raises `SegnbError`"
     if tuple(labels.shape) != tuple(geometry.shape):
-        raise ExportError('label map and image differ in shape', file=file, found=f'label map of shape {tuple(labels.shape)}',
-                          expected=f'{tuple(geometry.shape)}, but the image has another')
+        raise ExportError('label map and image differ in shape', file=file, found=f'a label map of {tuple(labels.shape)}',
+                          expected=f'{tuple(geometry.shape)}, as the image')
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_label_map(labels, geometry, file)
 
@@ -360,28 +369,31 @@ def _pack(array, properties, file):
         with archive.open('probabilities.npy', 'w', force_zip64=True) as f:
             np.lib.format.write_array_header_1_0(f, dict(descr='<f2', fortran_order=False, shape=tuple(array.shape)))
             for one in array:
-                for start in range(0, len(one), PLANES): f.write(np.ascontiguousarray(one[start:start + PLANES], '<f2').data)
+                for start in range(0, len(one), PLANES):
+                    f.write(np.ascontiguousarray(one[start:start + PLANES], '<f2').data)
         with archive.open('properties.npy', 'w') as f: np.lib.format.write_array(f, np.array(json.dumps(kept)))
 
 # %% ../nbs/63_export.ipynb #3da1db1e
 def write_probabilities(
-    probabilities,   # (K, Z, Y, X) in the plan's axes and spacing, 0 to 1; or an iterable of (start, (K, n, Y, X)) slabs along Z
+    probabilities,   # As for `to_original_grid`: an array or slabs; 0 to 1
     properties:dict, # Of the preprocessed case
     file,            # .npz to write; its folder is made
 ):
-    "Keep probabilities as compressed float16 with the way back to the original grid, whole or not at all; raises `ExportError`"
+    "Keep probabilities as compressed float16 with the way back, whole or not at all; raises `ExportError`"
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     _pack(_pass(probabilities, properties, keep=True, folder=Path(file).parent), properties, file)
 
 
 def read_probabilities(
     file,   # .npz that `write_probabilities` wrote
-)->tuple:   # (probabilities (K, Z, Y, X) float16, properties), as `to_original_grid` and `probabilities_to_original_grid` take them
+)->tuple:   # (probabilities (K, Z, Y, X) float16, properties), as `to_original_grid` takes them
     "Read kept probabilities; raises `ExportError` for a damaged file"
     try:
-        with np.load(file, allow_pickle=False) as arrays: return arrays['probabilities'], json.loads(str(arrays['properties']))
+        with np.load(file, allow_pickle=False) as arrays:
+            return arrays['probabilities'], json.loads(str(arrays['properties']))
     except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ExportError('the probabilities cannot be read', file=file, found=str(error), fix='predict again with save_probabilities=True') from error
+        raise ExportError('the probabilities cannot be read', file=file, found=str(error),
+                          fix='predict again with save_probabilities=True') from error
 
 # %% ../nbs/63_export.ipynb #13e4c408
 MAPS = ('entropy', 'margin', 'probability')
@@ -401,13 +413,14 @@ class _Maps:
         for name, plane in zip(('entropy', 'margin'), _uncertainty(mixed, self.regions)):
             if name in self.views: self.views[name][new] = plane
 
-    def outputs(self):  # what the maps of the outputs are called: the number in the file (regions: 1, 2, ...) and the name
+    def outputs(self):  # names of their maps: the number in the file (regions: 1, 2, ...) and the name
         of = self.labels
         names = enumerate(of.regions, 1) if of.regions else ((of.values[i], name) for i, name in of.names.items())
         return [f'probability_{i}_' + re.sub(r'[^\w-]+', '_', str(name)) for i, name in names]
 
     def write(self, array, properties, geometry, prefix):
-        files = {name: Path(f'{prefix}_{name}.nii.gz') for name in (*self.images, *(self.outputs() if 'probability' in self.maps else ()))}
+        names = [*self.images, *(self.outputs() if 'probability' in self.maps else ())]
+        files = {name: Path(f'{prefix}_{name}.nii.gz') for name in names}
         Path(prefix).parent.mkdir(parents=True, exist_ok=True)
         for name, image in self.images.items(): write_image(image, geometry, files[name])
         if 'probability' in self.maps:
@@ -426,7 +439,7 @@ def write_maps(
     prefix,          # Folder and beginning of the names: 'maps/case_7' gives maps/case_7_entropy.nii.gz, ...
     maps:tuple=MAPS, # Some of 'entropy', 'margin' and 'probability'
 )->dict:             # The files: {'entropy': Path, 'margin': Path, 'probability_1_liver': Path, ...}
-    "Write how sure the network was as images of the original geometry, 0 to 1, interpolated linearly; raises `ExportError`"
+    "Write how sure the network was as images of the original geometry, 0 to 1; raises `ExportError`"
     found = _Maps(_WayBack(properties), labels, maps)
     array = _pass(probabilities, properties, labels, found.sinks, keep='probability' in maps)
     return found.write(array, properties, geometry, prefix)
@@ -447,12 +460,14 @@ def export_case(
     postprocess=None,        # Function (labels, spacing in mm) -> labels; None: leave the label map
 )->np.ndarray:               # The label map as written
     "Write everything that is wanted of a case in one pass over its probabilities; raises `ExportError`"
-    if maps and maps_prefix is None: raise ExportError('where shall the maps go?', file=file, fix='give maps_prefix, such as maps/case_7')
+    if maps and maps_prefix is None:
+        raise ExportError('where shall the maps go?', file=file, fix='give maps_prefix, such as maps/case_7')
     way, found = _WayBack(properties, order, order_z), _Maps(_WayBack(properties), labels, maps)
     decider = _Decider(way, labels) if way.streams else None
     keep = probabilities_file is not None or 'probability' in maps or not way.streams
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    array = _pass(probabilities, properties, labels, found.sinks + [decider]*way.streams, keep, np.float16 if way.streams else np.float32, Path(file).parent)
+    sinks, dtype = found.sinks + [decider]*way.streams, np.float16 if way.streams else np.float32
+    array = _pass(probabilities, properties, labels, sinks, keep, dtype, Path(file).parent)
     decided = decider.result if way.streams else _class_by_class(array, properties, labels, order, order_z)
     if postprocess is not None: decided = postprocess(decided, tuple(properties['spacing']))
     if probabilities_file is not None: write_probabilities(array, properties, probabilities_file)
