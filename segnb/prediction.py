@@ -504,6 +504,7 @@ def _in_process(job, make, store):
     file.unlink()
     return ready._replace(data=data)
 
+# %% ../nbs/64_prediction.ipynb #4b79568d
 class Relay:
     "Hand slabs to another thread, which brings them home; no more than one waits"
     def __init__(self,
@@ -599,6 +600,7 @@ def _run(self:Predictor, jobs, out, made, progress, n_workers, save_probabilitie
         if waiting: finish(*waiting)
     return failed
 
+# %% ../nbs/64_prediction.ipynb #9525f397
 @patch
 def _maker(self:Predictor, store, n_workers):
     "What makes a case ready: here, or in a process"

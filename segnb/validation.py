@@ -9,7 +9,6 @@ __all__ = ['ValidationError', 'predict_case', 'validate_fold']
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-import numpy as np
 from tqdm import tqdm
 from .checkpoints import load_checkpoint
 from .distributed import all_gather, close_world, only_main, start_world, wait_for_all
