@@ -76,7 +76,7 @@ def _wanted(metrics, spacing):
     known = [m for m in METRICS if spacing is not None or m not in ('volume_difference', *_SURFACE)]
     if metrics is None: return [m for m in known if m not in (*_SURFACE, *_LESION)]
     asked = list(METRICS) if metrics == 'all' else [metrics] if isinstance(metrics, str) else list(metrics)
-    if unknown := [m for m in asked if m not in METRICS]:
+    if (unknown := [m for m in asked if m not in METRICS]) or not asked:
         raise MetricsError('there is no such metric', found=', '.join(map(str, unknown)), expected=f'some of {", ".join(METRICS)}')
     if blind := [m for m in asked if m not in known]:
         raise MetricsError('the spacing is missing', found=', '.join(blind), expected='spacing=(z, y, x) in mm',
@@ -265,6 +265,7 @@ def surface_dice(
 def _components(masks, connectivity):
     "Number the connected parts of two masks: [(numbers, how many), ...]"
     import cc3d
+    if connectivity not in (6, 18, 26): raise MetricsError('voxels do not touch like this', found=connectivity, expected='connectivity 6, 18 or 26')
     return [cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks]
 
 
