@@ -27,10 +27,11 @@ def _weights(weights, n):
     return w.astype(np.float32)
 
 def _mean_classes(members, weights):
-    "Yield the weighted mean of each class, (Z, Y, X) float32; members are arrays, or read class by class"
-    for maps in zip(*members):
-        mean = np.multiply(maps[0], weights[0], dtype=np.float32)
-        for p, w in zip(maps[1:], weights[1:]): mean += np.multiply(p, w, dtype=np.float32)
+    "Yield the weighted mean of each class, (Z, Y, X) float32; members are arrays, or read class by class, one after the other"
+    classes = [iter(p) for p in members]
+    for _ in range(len(members[0])):
+        mean = np.multiply(next(classes[0]), weights[0], dtype=np.float32)
+        for one, w in zip(classes[1:], weights[1:]): mean += np.multiply(next(one), w, dtype=np.float32)
         mean /= weights.sum()
         yield mean
 
@@ -72,8 +73,12 @@ def _check_members(members, labels):
         if len(p) != labels.n_outputs:
             raise EnsembleError('another number of maps than labels', case=way.get('identifier'), found=len(p), expected=labels.n_outputs)
         if tuple(way['shape']) != tuple(first['shape']) or way.get('geometry') != first.get('geometry'):
-            raise EnsembleError('the members were made from different images', case=way.get('identifier'),
-                                found=f"shapes {tuple(way['shape'])} and {tuple(first['shape'])}", expected='one geometry')
+            raise EnsembleError('the members were made from different images', case=way.get('identifier'), found=_apart(way, first), expected='one geometry')
+
+def _apart(way, other):
+    "In what two images differ, in words"
+    if way.get('geometry') and other.get('geometry'): return '; '.join(Geometry.from_dict(way['geometry']).differences(Geometry.from_dict(other['geometry']), 0))
+    return f"shapes {tuple(way['shape'])} and {tuple(other['shape'])}"
 
 def _room(shape, dtype, most=1 << 30):
     "An array; above `most` bytes in a nameless file, which goes when nobody holds it"
@@ -86,10 +91,11 @@ def _across_grids(members, labels, weights, keep):
     box = tuple(slice(min(way['bbox'][i][0] for _, way in members), max(way['bbox'][i][1] for _, way in members)) for i in range(3))
     decided, best = np.zeros([s.stop - s.start for s in box], np.int16), .5 if labels.regions else -np.inf
     kept = _room((labels.n_outputs, *decided.shape), np.float16) if keep else None
-    for k, maps in enumerate(zip(*(p for p, _ in members))):
+    classes = [iter(p) for p, _ in members]
+    for k in range(labels.n_outputs):
         inside = bool(labels.regions) or k > 0 # outside its box, a member says background
         mean = np.zeros(decided.shape, np.float32)
-        for p, (_, way), w in zip(maps, members, weights): mean += w*probabilities_to_original_grid(p[None], way, inside)[0][box]
+        for one, (_, way), w in zip(classes, members, weights): mean += w*probabilities_to_original_grid(next(one)[None], way, inside)[0][box]
         mean /= weights.sum()
         decided[mean > best] = labels.region_order[k] if labels.regions else k
         if not labels.regions: best = np.maximum(best, mean)
@@ -116,9 +122,8 @@ class _Kept:
     def __iter__(self):
         with self._open() as (f, shape, dtype, _):
             n = int(np.prod(shape[1:]))*dtype.itemsize
-            for _ in range(shape[0]):
-                if len(one := f.read(n)) != n: raise EOFError('the file ends too early')
-                yield np.frombuffer(one, dtype).reshape(shape[1:])
+            for k in range(shape[0]): # the last reading meets the end, where the checksum is compared; what is yielded is not held here
+                yield np.frombuffer(f.read(n + (k == shape[0] - 1)), dtype).reshape(shape[1:])
 
     @contextlib.contextmanager
     def _open(self):
