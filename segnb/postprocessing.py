@@ -49,17 +49,18 @@ def _box(mask):
     return tuple(slice(s[0], s[-1] + 1) for s in sides)
 
 def _pieces(labels, entries):
-    "(box, number of the piece of each voxel in it, voxels of each piece, label of each piece), 0: in no piece; None where there are none"
+    "(box, pieces in it, where they are, piece of each voxel there, voxels of each piece, label of each piece), 0: no piece; None where there are none"
     import cc3d
     groups = labels if len(entries) > 1 else labels == entries[0][0] if len(entries[0]) == 1 else np.isin(labels, entries[0])
     if (box := _box(groups)) is None: return None
-    groups = groups[box]
-    pieces, n = cc3d.connected_components(groups, connectivity=6, return_N=True, binary_image=len(entries) == 1)
-    voxels = np.bincount(pieces.ravel(), minlength=n + 1)
-    owner = np.full(n + 1, entries[0][0])
-    if len(entries) > 1: owner[pieces.ravel()] = groups.ravel()
+    groups = np.ascontiguousarray(groups[box])
+    pieces, n = cc3d.connected_components(groups, connectivity=6, return_N=True)
+    where = np.flatnonzero(groups)  # most of a box is background, which needs no counting
+    of = pieces.ravel()[where]
+    voxels, owner = np.bincount(of, minlength=n + 1), np.full(n + 1, entries[0][0])
+    if len(entries) > 1: owner[of] = groups.ravel()[where]
     owner[0] = 0
-    return box, pieces, voxels, owner
+    return box, pieces, where, of, voxels, owner
 
 # %% ../nbs/70_postprocessing.ipynb #7adf40d4
 def _keep(labels, entries, volume, min_sizes):
@@ -67,7 +68,7 @@ def _keep(labels, entries, volume, min_sizes):
     labels, kept, removed = labels.copy(), {}, {}
     for together in _passes(entries):
         if (found := _pieces(labels, together)) is None: continue
-        box, pieces, voxels, owner = found
+        box, pieces, where, of, voxels, owner = found
         drop = np.zeros(len(voxels), bool)
         for entry in together:
             mine = np.flatnonzero(owner == entry[0])
@@ -77,7 +78,7 @@ def _keep(labels, entries, volume, min_sizes):
             if min_sizes is not None: small = small[voxels[small]*volume < min_sizes[entry]]
             kept[entry], drop[small] = most*volume, True
             if len(small): removed[entry] = voxels[small].max()*volume
-        if drop.any(): labels[box] *= ~drop[pieces]
+        if drop.any(): labels[box][np.unravel_index(where[drop[of]], pieces.shape)] = 0
     return labels, kept, removed
 
 # %% ../nbs/70_postprocessing.ipynb #8ada40f9
