@@ -13,7 +13,7 @@ import numpy as np
 from . import __version__
 from .dataset import Dataset, Description
 from .fingerprint import Fingerprint, extract_fingerprint
-from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_geometry, read_image, read_label_map, whole_file
+from .image import IMAGE_ENDINGS, SPACING_2D, SegnbError, image_ending, read_geometry, read_image, read_label_map, whole_file
 from .labels import Labels, count_labels
 from .metrics import bootstrap_interval
 from .planning import Plans
@@ -128,67 +128,12 @@ pre{font-size:.78rem;white-space:pre-wrap;overflow-wrap:anywhere;background:var(
 '''
 
 # %% ../nbs/73_report.ipynb #93388276
-_STYLE += '''
-.scroll{background:linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/3rem 100% no-repeat local,linear-gradient(270deg,var(--shade),transparent) 100% 0/.9rem 100% no-repeat scroll;overflow:auto;max-height:36rem;margin:0 0 1rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
-table{border-collapse:collapse;font:.88rem/1.35 var(--ui);width:100%}caption{text-align:left;font-size:.8rem;color:var(--soft);padding:.5rem .6rem .5rem 0}
-th,td{padding:.38rem 1.6rem .38rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
-thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}
-th button{all:unset;cursor:pointer;font-weight:600;padding:.2rem 0}th button:focus-visible{outline:2px solid var(--accent)}th button::after{content:"";color:var(--accent)}
-th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}tr.on td,tr.on th{background:var(--faint)}
-.bar{display:inline-flex;align-items:center;gap:.6rem}.bar::after{content:"";width:calc(var(--v)*6rem);height:.7rem;background:var(--band);border-right:2px solid var(--accent)}
-.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));column-gap:2rem}.case{max-width:22rem;display:grid;grid-row:span 7;grid-template-rows:subgrid;align-content:start;margin-bottom:1.6rem}.case .stack{align-self:end}
-.stack{position:relative;overflow:hidden;background:#000;width:100%}.stack img{position:absolute;left:0;top:0;width:100%;transform:translateY(calc(var(--i)*-100%/var(--n)))}
-.stack img[hidden]{display:none}.mm{position:absolute;left:.5rem;bottom:.5rem;border-bottom:3px solid #fff;color:#fff;font:.72rem var(--ui);text-shadow:0 0 3px #000,0 0 2px #000;white-space:nowrap}
-.slide{display:flex;gap:.6rem;align-items:center;font:.84rem var(--ui);margin:.6rem 0 0;max-width:340px}.slide input{flex:1;accent-color:var(--accent);min-width:0;height:1.8rem}
-.where{font:.8rem var(--ui);color:var(--soft);margin:.1rem 0 .5rem;font-variant-numeric:tabular-nums}
-.switches,.legend{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font:.84rem var(--ui);margin-bottom:.4rem}.switches input{accent-color:var(--accent)}.switches label{padding:.15rem 0}
-.legend i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px}
-@media(max-width:40rem){body{font-size:16px}header{padding-top:2.2rem}.standfirst{font-size:1.12rem}section{padding-top:2.4rem}.dots .row{grid-template-columns:4.6rem minmax(0,1fr) 4rem;gap:.8rem}
-.wide .dots .num small{display:block}.stack,.slide{max-width:none!important}.facts{columns:1}}
-@media print{body{font-size:10.5pt;background:#fff}header{padding-top:0}nav,.switches,.slide,.skip{display:none!important}section{padding-top:1.4rem}h2,h3,.lead{break-after:avoid}
-figure,tr,.nested{break-inside:avoid}.scroll{max-height:none;overflow:visible}thead th,tbody th{position:static}.bar::after,.legend i,.point{print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.cases{grid-template-columns:repeat(3,1fr);column-gap:1rem}.plots{grid-template-columns:repeat(2,1fr)}table{font-size:8.5pt}footer{padding:1rem 1.25rem}a,summary{color:inherit}}
-@media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
-'''
-
-# %% ../nbs/73_report.ipynb #3a7451bd
 _SCRIPT = '''
-for (const table of document.querySelectorAll('table.sortable')) {
-  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
-  heads.forEach((head, i) => head.firstChild.addEventListener('click', () => {
-    const up = head.getAttribute('aria-sort') === 'descending' || (head.getAttribute('aria-sort') === 'none' && i === 0);
-    heads.forEach(h => h.setAttribute('aria-sort', 'none'));
-    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
-    const key = row => row.cells[i].dataset.v;
-    const rows = [...body.rows].sort((a, b) => {
-      const x = key(a), y = key(b), both = x !== '' && y !== '';
-      if (!both) return (x === '') - (y === '');
-      const numbers = !isNaN(x) && !isNaN(y);
-      return (numbers ? x - y : x.localeCompare(y, undefined, {numeric: true})) * (up ? 1 : -1);
-    });
-    body.append(...rows);
-  }));
-}
-for (const figure of document.querySelectorAll('figure.case')) {
-  const about = JSON.parse(figure.dataset.about), stack = figure.querySelector('.stack'), where = figure.querySelector('.where');
-  const tail = where.textContent.slice(where.textContent.indexOf(';'));
-  const range = figure.querySelector('input[type=range]');
-  if (range) range.addEventListener('input', () => {
-    const s = about.slices[range.value];
-    stack.style.setProperty('--i', range.value);
-    where.textContent = `${about.axis} = ${s} of ${about.of}, ${Math.round(s * about.mm)} mm${tail}`;
-    range.setAttribute('aria-valuetext', `slice ${s}`);
-  });
-  for (const box of figure.querySelectorAll('input[type=checkbox]'))
-    box.addEventListener('change', () => { stack.querySelector('img.' + box.value).hidden = !box.checked; });
-}
 const light = name => {
   for (const dots of document.querySelectorAll('.dots')) dots.classList.toggle('hot', name !== null && [...dots.querySelectorAll('.dot')].some(d => d.dataset.c === name));
   for (const e of document.querySelectorAll('.dot, tr[data-c]')) e.classList.toggle('on', name !== null && e.dataset.c === name);
 };
 document.addEventListener('pointerover', e => { const t = e.target.closest('.dot, .sortable tbody tr'); light(t ? t.dataset.c : null); });
-addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.dataset.was = d.open; d.open = true; }));
-addEventListener('afterprint', () => document.querySelectorAll('details').forEach(d => { d.open = d.dataset.was === 'true'; }));
 '''
 
 # %% ../nbs/73_report.ipynb #ff7ad9ba
@@ -301,6 +246,37 @@ def _facts(pairs):
     "A small table of names and values"
     return '<dl class="facts">' + ''.join(f'<div><dt>{_esc(k)}</dt><dd>{_esc(v)}</dd></div>' for k, v in pairs if v not in (None, '')) + '</dl>'
 
+# %% ../nbs/73_report.ipynb #935ff55b
+_STYLE += '''
+.scroll{background:linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/3rem 100% no-repeat local,linear-gradient(270deg,var(--shade),transparent) 100% 0/.9rem 100% no-repeat scroll;overflow:auto;max-height:36rem;margin:0 0 1rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
+table{border-collapse:collapse;font:.88rem/1.35 var(--ui);width:100%}caption{text-align:left;font-size:.8rem;color:var(--soft);padding:.5rem .6rem .5rem 0}
+th,td{padding:.38rem 1.6rem .38rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
+thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}
+th button{all:unset;cursor:pointer;font-weight:600;padding:.2rem 0}th button:focus-visible{outline:2px solid var(--accent)}th button::after{content:"";color:var(--accent)}
+th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}tr.on td,tr.on th{background:var(--faint)}
+.bar{display:inline-flex;align-items:center;gap:.6rem}.bar::after{content:"";width:calc(var(--v)*6rem);height:.7rem;background:var(--band);border-right:2px solid var(--accent)}
+'''
+
+# %% ../nbs/73_report.ipynb #732e9cb4
+_SCRIPT += '''
+for (const table of document.querySelectorAll('table.sortable')) {
+  const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
+  heads.forEach((head, i) => head.firstChild.addEventListener('click', () => {
+    const up = head.getAttribute('aria-sort') === 'descending' || (head.getAttribute('aria-sort') === 'none' && i === 0);
+    heads.forEach(h => h.setAttribute('aria-sort', 'none'));
+    head.setAttribute('aria-sort', up ? 'ascending' : 'descending');
+    const key = row => row.cells[i].dataset.v;
+    const rows = [...body.rows].sort((a, b) => {
+      const x = key(a), y = key(b), both = x !== '' && y !== '';
+      if (!both) return (x === '') - (y === '');
+      const numbers = !isNaN(x) && !isNaN(y);
+      return (numbers ? x - y : x.localeCompare(y, undefined, {numeric: true})) * (up ? 1 : -1);
+    });
+    body.append(...rows);
+  }));
+}
+'''
+
 # %% ../nbs/73_report.ipynb #3e34d8a0
 def _shrunk(plane, size, smooth=False):
     "A (H, W) slice at `size` (width, height) pixels"
@@ -364,6 +340,7 @@ def slice_viewer(
 )->str:                         # HTML
     "Put slices of a case into a page, with a slider and layers that can be switched"
     maps = [m for m in (reference, prediction) if m is not None]
+    mm_name = 'px' if tuple(spacing) == (SPACING_2D, 1, 1) else 'mm' # pictures do not know their size
     axis = int(np.argmax(spacing)) if max(spacing) > 1.5 * sorted(spacing)[1] else 0 # across the slices as they were taken
     turned = lambda a: None if a is None else np.moveaxis(np.asarray(a), axis, 0)
     image, reference, prediction, removed = map(turned, (image, reference, prediction, removed))
@@ -378,7 +355,7 @@ def slice_viewer(
     small = {k: np.concatenate([_outline(_shrunk(p, size)) if k == 'prediction' else _shrunk(p, size) for p in m[shown]])
              for k, m in _overlays(reference, prediction, removed, ignore).items()}
     layers += [(k, _layer(m, .4 if k == 'reference' else 1., ERROR_COLOR if k in ('errors', 'removed') else None)) for k, m in small.items()]
-    about = dict(slices=[int(i) for i in shown], of=len(image), axis='zyx'[axis], mm=float(across), start=start)
+    about = dict(slices=[int(i) for i in shown], of=len(image), axis='zyx'[axis], mm=float(across), unit=mm_name, start=start)
     grey_text = f'grey from {_short(low)} to {_short(high)} {unit}'.strip()
     return _viewer_html(layers, about, size, extent[1], title, '; '.join(filter(None, (note, grey_text))), classes or {}, names)
 
@@ -404,13 +381,41 @@ def _viewer_html(layers, about, size, width_mm, title, note, classes, names):
     return (f'<figure class="case" data-about="{_esc(json.dumps(about))}"><h3>{_esc(title)}</h3>'
             f'<div class="stack" role="img" aria-label="{_esc(title)}: a slice with {_esc(_listed([_LAYERS[k] for k, _ in layers[1:]]) if layers[1:] else "no labels")}" '
             f'style="--i:{start};--n:{n};aspect-ratio:{size[0]}/{size[1]};max-width:{round(340 * min(1, size[0] / size[1]))}px">{pictures}'
-            f'<span class="mm" style="width:{round(100 * bar / width_mm, 2)}%">{bar:g} mm</span></div>'
+            f'<span class="mm" style="width:{round(100 * bar / width_mm, 2)}%">{bar:g} {about["unit"]}</span></div>'
             f'{slider}<p class="where" aria-live="polite">{_where(about, start)}; down {names[0]}, across {names[1]}</p><div class="switches">{switches}</div>'
             f'<div class="legend">{legend}</div><figcaption>{_esc(note)}</figcaption></figure>')
 
 def _where(about, i):
     s = about['slices'][i]
-    return f"{about['axis']} = {s} of {about['of']}" + (f", {s * about['mm']:.0f} mm" if about['of'] > 1 else '')
+    return f"{about['axis']} = {s} of {about['of']}, {s * about['mm']:.0f} mm" if about['of'] > 1 else 'a single slice'
+
+# %% ../nbs/73_report.ipynb #0faa5ff4
+_STYLE += '''
+.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));column-gap:2rem}.case{max-width:22rem;margin-bottom:1.6rem}.cases>.case{display:grid;grid-row:span 7;grid-template-rows:subgrid}.cases>.case .stack{align-self:end}
+.stack{position:relative;overflow:hidden;background:#000;width:100%}.stack img{position:absolute;left:0;top:0;width:100%;transform:translateY(calc(var(--i)*-100%/var(--n)))}
+.stack img[hidden]{display:none}.mm{position:absolute;left:.5rem;bottom:.5rem;border-bottom:3px solid #fff;color:#fff;font:.72rem var(--ui);text-shadow:0 0 3px #000,0 0 2px #000;white-space:nowrap}
+.slide{display:flex;gap:.6rem;align-items:center;font:.84rem var(--ui);margin:.6rem 0 0;max-width:340px}.slide input{flex:1;accent-color:var(--accent);min-width:0;height:1.8rem}
+.where{font:.8rem var(--ui);color:var(--soft);margin:.1rem 0 .5rem;font-variant-numeric:tabular-nums}
+.switches,.legend{display:flex;flex-wrap:wrap;gap:.2rem .9rem;font:.84rem var(--ui);margin-bottom:.4rem}.switches input{accent-color:var(--accent)}.switches label{padding:.15rem 0}
+.legend i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px}
+'''
+
+# %% ../nbs/73_report.ipynb #d59b569d
+_SCRIPT += '''
+for (const figure of document.querySelectorAll('figure.case')) {
+  const about = JSON.parse(figure.dataset.about), stack = figure.querySelector('.stack'), where = figure.querySelector('.where');
+  const tail = where.textContent.slice(where.textContent.indexOf(';'));
+  const range = figure.querySelector('input[type=range]');
+  if (range) range.addEventListener('input', () => {
+    const s = about.slices[range.value];
+    stack.style.setProperty('--i', range.value);
+    where.textContent = `${about.axis} = ${s} of ${about.of}, ${Math.round(s * about.mm)} mm${tail}`;
+    range.setAttribute('aria-valuetext', `slice ${s}`);
+  });
+  for (const box of figure.querySelectorAll('input[type=checkbox]'))
+    box.addEventListener('change', () => { stack.querySelector('img.' + box.value).hidden = !box.checked; });
+}
+'''
 
 # %% ../nbs/73_report.ipynb #745668ad
 def patch_in_case(
@@ -623,12 +628,12 @@ def _viewers(d, chosen, labels, missing, slices, answers=None, notes=None):
     return f'<div class="cases">{"".join(found)}</div>' if found else ''
 
 def _volumes(task):
-    "{class index: ml} of a case"
+    "({class index: size} of a case, its unit): ml, or pixels where there is no third dimension"
     file, labels, case = task
     array, geometry = read_label_map(file)
-    ml = float(np.prod(geometry.spacing)) / 1000
-    counts = count_labels(labels.encode(array, case, file))
-    return {i: counts.get(i, 0) * ml for i in labels.foreground}
+    flat = geometry.spacing[0] == SPACING_2D
+    each, counts = 1 if flat else float(np.prod(geometry.spacing)) / 1000, count_labels(labels.encode(array, case, file))
+    return {i: counts.get(i, 0) * each for i in labels.foreground}, 'pixels' if flat else 'ml'
 
 # %% ../nbs/73_report.ipynb #9392efc7
 def _section(name, title, body, lead=''):
@@ -737,11 +742,13 @@ def _data_section(d, plans):
     names = list(d.cases) if len(d.cases) == len(f.shapes) else [f'case {i}' for i in range(len(f.shapes))]
     targets = plans.original_spacing_target if plans else (None,) * 3
     mm, voxels = np.array(f.spacings), np.array(f.shapes)
+    flat = int((mm[:, 0] == SPACING_2D).all()) # pictures have no z
     def rows(table, lines=(None,) * 3):
-        return [dict(name=axis, values=dict(zip(names, map(float, column))), line=line, text=_short(float(np.median(column)))) for axis, column, line in zip('zyx', table.T, lines)]
+        return [dict(name=axis, values=dict(zip(names, map(float, column))), line=line, text=_short(float(np.median(column))))
+                for axis, column, line in list(zip('zyx', table.T, lines))[flat:]]
     parts = []
     for title, table, unit, lines in (('Voxel size', mm, 'mm', targets), ('Size after cropping', voxels, 'voxels', (None,) * 3), ('Extent', mm * voxels, 'mm', (None,) * 3)):
-        alt = f'{title} of every case: ' + ', '.join(f'{a} {_short(c.min())} to {_short(c.max())}' for a, c in zip('zyx', table.T)) + f' {unit}'
+        alt = f'{title} of every case: ' + ', '.join(f'{a} {_short(c.min())} to {_short(c.max())}' for a, c in list(zip('zyx', table.T))[flat:]) + f' {unit}'
         parts.append(f'<figure><figcaption>{title}</figcaption>{dot_rows(rows(table, lines), alt, low=0, unit=unit)}</figure>')
     parts += [_histogram(f, c) for c in sorted(f.histograms or {})]
     lead = f'{_several(len(f.shapes), "case")}, {_several(len(f.channels), "channel")} ({_listed(f.channels)}), {_several(len(f.labels), "class", "classes")} to find.'
@@ -899,7 +906,9 @@ def _data_head(d, plans, title):
     say = (f'{_several(len(x.cases), "labelled case")} of {_esc(_listed(x.channels))}, {_several(len(x.test_cases), "case")} to predict. '
            f'To find: <b>{_esc(_listed([x.labels.names[i] for i in x.labels.foreground], 6))}</b>.')
     tiles = [('cases', str(len(x.cases))), ('classes', str(len(x.labels.foreground)))]
-    if f: tiles += [('median voxel, mm', _by(np.median(f.spacings, axis=0))), ('median size, voxels', _by(np.median(f.shapes, axis=0)))]
+    if f:
+        flat = int(all(s[0] == SPACING_2D for s in f.spacings))
+        tiles += [('median pixel, mm' if flat else 'median voxel, mm', _by(np.median(f.spacings, axis=0)[flat:])), ('median size, pixels' if flat else 'median size, voxels', _by(np.median(f.shapes, axis=0)[flat:]))]
     return _head(x.name, title or _task_words(x.name), say, tiles + ([('planned for', f'{plans.memory_gb:g} GB')] if plans else []))
 
 # %% ../nbs/73_report.ipynb #1634b831
@@ -911,19 +920,37 @@ def _volume_sections(d, missing, n_workers, slices):
         if kept or d.raw: files[case] = kept or d.raw.label_file(case)
     if not files: return []
     found = dict(zip(files, parallel_map(_volumes, [(f, labels, c) for c, f in files.items()], n_workers, names=list(files), step='reading label maps')))
+    unit = next(iter(found.values()))[1]
+    found = {c: v for c, (v, _) in found.items()}
     names = {i: labels.names[i] for i in labels.foreground}
     rows = [dict(name=n, values={c: v[i] for c, v in found.items()}, text=f'<small>in</small> <b>{sum(v[i] > 0 for v in found.values())}</b> <small>of {len(found)}</small>') for i, n in names.items()]
     rare = min(names, key=lambda i: sum(v[i] > 0 for v in found.values()))
     said = sum(v[rare] > 0 for v in found.values())
     title = f'{names[rare].capitalize()} is in {said} of {len(found)} cases' if said < len(found) else 'Every class is in every case'
     alt = 'Volume of every class in every case: ' + '; '.join(f'{n} in {sum(v[i] > 0 for v in found.values())} cases' for i, n in names.items())
-    figure = f'<figure class="wide">{dot_rows(rows, alt, unit="ml", log=True)}<figcaption>Each dot is a case. The axis is logarithmic; cases without the class have no dot.</figcaption></figure>'
+    figure = f'<figure class="wide">{dot_rows(rows, alt, unit=unit, log=True)}<figcaption>Each dot is a case. The axis is logarithmic; cases without the class have no dot.</figcaption></figure>'
     sums = {c: sum(v.values()) for c, v in found.items()}
-    header = ['case', *(f'{n} (ml)' for n in list(names.values())[:8]), 'all (ml)']
-    table = sortable_table(header, [[c, *([v[i] for i in list(names)[:8]]), sums[c]] for c, v in found.items()], 'Volumes of every case; press a title to sort')
+    header = ['case', *(f'{n} ({unit})' for n in list(names.values())[:8]), f'all ({unit})']
+    table = sortable_table(header, [[c, *([v[i] for i in list(names)[:8]]), sums[c]] for c, v in found.items()], 'Sizes of every case; press a title to sort', digits=2 if unit == 'ml' else 0)
     viewers = _viewers(d, [(w.capitalize(), c) for w, c in choose_cases(sums, ('least foreground', 'median', 'most foreground'))], labels, missing, slices,
-                       notes={c: f'{_short(v)} ml labelled' for c, v in sums.items()})
+                       notes={c: f'{_short(v)} {unit} labelled' for c, v in sums.items()})
     return [_section('classes', title, figure), _section('gallery', 'Least, median, most', viewers, 'Move the slider. Filled: the reference.'), _section('cases', f'All {_several(len(found), "case")}', table)]
+
+# %% ../nbs/73_report.ipynb #748bacd2
+_STYLE += '''
+@media(max-width:40rem){body{font-size:16px}header{padding-top:2.2rem}.standfirst{font-size:1.12rem}section{padding-top:2.4rem}.dots .row{grid-template-columns:5.5rem minmax(0,1fr) 4rem;gap:.7rem}
+.wide .dots .num small{display:block}.stack,.slide{max-width:none!important}.facts{columns:1}}
+@media print{body{font-size:10.5pt;background:#fff}header{padding-top:0}nav,.switches,.slide,.skip{display:none!important}section{padding-top:1.4rem}h2,h3,.lead{break-after:avoid}
+figure,tr,.nested{break-inside:avoid}.scroll{max-height:none;overflow:visible}thead th,tbody th{position:static}.bar::after,.legend i,.point{print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.cases{grid-template-columns:repeat(3,1fr);column-gap:1rem}.plots{grid-template-columns:repeat(2,1fr)}table{font-size:8.5pt}footer{padding:1rem 1.25rem}a,summary{color:inherit}}
+@media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
+'''
+
+# %% ../nbs/73_report.ipynb #0ed5160f
+_SCRIPT += '''
+addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.dataset.was = d.open; d.open = true; }));
+addEventListener('afterprint', () => document.querySelectorAll('details').forEach(d => { d.open = d.dataset.was === 'true'; }));
+'''
 
 # %% ../nbs/73_report.ipynb #8dba4e8a
 _NAMES = {'result': 'Result', 'compared': 'Configurations', 'gallery': 'Pictures', 'cases': 'Cases', 'training': 'Training', 'postprocessing': 'Post-processing',
@@ -991,5 +1018,5 @@ def _note_missing(m, models, d, selection, missing):
     task, folds = d.description.name if d.description else m.plans.dataset_name, _maybe_json(d.preprocessed/'splits.json', missing) if d.preprocessed else None
     untrained = [str(k) for k in range(len(folds or ())) if str(k) not in m.folds]
     if untrained and 'all' not in m.folds: missing.append((f'{_several(len(untrained), "fold")} of {m.name}: {_listed(untrained, 9)}', f'segnb train {task} {untrained[0]} -c {m.name}'))
-    if m.scores.cases and not (m.folder/'postprocessing.json').is_file(): missing.append((f'the post-processing of {m.name}', f'segnb postprocess {task} -c {m.name}'))
+    if m.scores.cases and not (m.folder/'postprocessing.json').is_file(): missing.append((f'the post-processing of {m.name}', f'segnb postprocess determine {task} -c {m.name}'))
     if len(models) > 1 and not selection: missing.append(('the choice between the configurations', f'segnb select {task}'))

@@ -17,6 +17,7 @@ from segnb.splits import five_folds
 from segnb.workers import write_json
 
 FLAGS = ['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync']
+REAL = Path(os.environ.get('SEGNB_REAL_DATA', ROOT.parent/'shared'/'data'))
 CHROMIUM = next((p for p in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if p), None)
 
 
@@ -301,7 +302,8 @@ def test_damaged_files_are_named(made, tmp_path, file, content):
 def test_several_configurations(visit, made, tmp_path):
     task = tmp_path/'models'/'Task201_TinyCT'
     shutil.copytree(made.model, task/'3d_fullres')
-    second = made_up_model(tmp_path/'two', made.plans, made.data, '2d', seed=1) if (shutil.copytree(made.preprocessed, tmp_path/'two'/'preprocessed'/made.data.name)) else None
+    shutil.copytree(made.preprocessed, tmp_path/'two'/'preprocessed'/made.data.name)
+    second = made_up_model(tmp_path/'two', made.plans, made.data, '2d', seed=1)
     shutil.rmtree(second/'fold_4')
     shutil.copytree(second, task/'2d')
     page = visit(write_report(task, raw=made.raw, preprocessed=made.preprocessed, n_workers=0))
@@ -333,3 +335,66 @@ def test_refusals(made, tmp_path):
 def test_read_only_output(made, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ValueError): write_report(made.model, tmp_path/'p.html')
+
+
+def test_the_choice_and_what_is_removed(visit, made, tmp_path):
+    "After consolidation and selection the page says what was chosen, with which commands, and shows what post-processing takes away"
+    from segnb.postprocessing import consolidate_folds
+    from segnb.selection import select
+    task = tmp_path/'models'/'Task201_TinyCT'
+    shutil.copytree(made.model, task/'3d_fullres')
+    first = next((task/'3d_fullres').glob('fold_*/validation/*.nii.gz'))
+    labels, geometry = read_label_map(first)
+    labels[0, :2, :3] = 1 # a stray piece
+    write_label_map(labels, geometry, first)
+    decision = consolidate_folds(task/'3d_fullres', made.preprocessed/'gt_segmentations', n_workers=0, progress=False)
+    result = json.loads((task/'3d_fullres'/'cross_validation.json').read_text())
+    select({'3d_fullres': result}, models=task, folds=range(5), labels={1: 'organ', 2: 'lesion', 3: 'other organ'}).save()
+    page = visit(write_report(task, raw=made.raw, preprocessed=made.preprocessed, n_workers=0))
+    assert page.locator('#compared h2').inner_text() == '3d_fullres is chosen' and 'segnb predict' in page.locator('#compared pre').text_content()
+    assert page.locator('#compared .chosen .name').inner_text() == '3d_fullres'
+    assert page.locator('#postprocessing tbody tr').count() == 3
+    assert page.locator('#postprocessing img.removed').count() == bool(decision.which)
+    for stack in page.locator('.stack').all():
+        box = stack.bounding_box()
+        shown = stack.evaluate('e => getComputedStyle(e).aspectRatio.split("/").map(Number)')
+        assert box['width'] / box['height'] == pytest.approx(shown[0] / shown[1], rel=.02) and stack.evaluate('e => getComputedStyle(e).overflow') == 'hidden'
+    for damaged in ('selection.json', '3d_fullres/postprocessing.json'): (task/damaged).write_text('{}')
+    text = write_report(task, tmp_path/'p.html', raw=made.raw, preprocessed=made.preprocessed, n_workers=0).read_text()
+    assert 'id="result"' in text and all(name in text.split('id="missing"')[1] for name in ('selection.json', 'postprocessing.json'))
+
+
+def test_regions_are_what_is_reported(made, tmp_path):
+    model = shutil.copytree(made.model, tmp_path/'m')
+    for file in model.glob('fold_*/validation/summary.json'):
+        summary = json.loads(file.read_text())
+        summary['regions'] = {'cases': {c: {'whole': {'dice': .5}, 'core': {'dice': None}} for c in summary['cases']}, 'mean': {}}
+        file.write_text(json.dumps(summary))
+    text = write_report(model, tmp_path/'p.html').read_text()
+    assert re.findall('<span class="name">(.*?)</span>', text.split('id="cases"')[0]) == ['whole', 'core'] and 'Dice is <b>0.50</b>' in text
+
+
+def test_fold_all_is_no_result(made, tmp_path):
+    model = tmp_path/'m'
+    shutil.copytree(made.model/'fold_0', model/'fold_all')
+    shutil.copy(made.model/'plans.json', model)
+    file = model/'fold_all'/'validation'/'summary.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'held_back': False}))
+    text = write_report(model, tmp_path/'p.html').read_text()
+    assert 'No case has been validated yet' in text and 'id="result"' not in text and 'id="training"' in text
+
+
+@pytest.mark.parametrize('task, title', [('Task102_PhantomMR', 'Voxels are nearly cubes'), ('Task103_PhantomCells', 'The cases are single slices')])
+def test_other_kinds_of_data(visit, task, title, tmp_path):
+    "Four channels of MR; pictures, which have no slider"
+    page = visit(write_report(ROOT/'data_samples'/task, tmp_path/'p.html', n_workers=0))
+    assert page.locator('#data h2').inner_text() == title
+    assert page.locator('figure.case').count() == 3 and (page.locator('input[type=range]').count() == 0) == (task == 'Task103_PhantomCells')
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason='no real data here (SEGNB_REAL_DATA)')
+def test_real_hippocampi(visit, tmp_path):
+    file = write_report(REAL/'Task004_Hippocampus', tmp_path/'p.html', n_workers=0)
+    page = visit(file, viewport=dict(width=375, height=900))
+    assert file.stat().st_size < 5e6 and page.evaluate('document.documentElement.scrollWidth') <= 375
+    assert page.locator('#cases tbody tr').count() == len(Dataset(REAL/'Task004_Hippocampus').cases)
