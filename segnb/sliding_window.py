@@ -230,9 +230,9 @@ class _Passes:
     "Runs batches of windows through a network: at most `batch` together, fewer where the device's memory is short"
     LARGEST = 4 # windows on a device when the batch is not given
 
-    def __init__(self, device, precision, batch, flat, n_outputs):
+    def __init__(self, device, precision, batch, flat, n_outputs, pairs=True):
         self.device, self.flat, self.n_outputs, self.given = device, flat, n_outputs, batch is not None
-        self.batch = batch or (SLICES if flat else 2 if device.type == 'cpu' else self.LARGEST)
+        self.batch = batch or (self.LARGEST if device.type != 'cpu' else SLICES if flat else 1 + pairs)
         self.dtype = {'fp32': None, 'fp16': torch.float16, 'bf16': torch.bfloat16}[precision]
         self.measured = self.given or device.type != 'cuda'
 
@@ -242,7 +242,7 @@ class _Passes:
         else: # each window travels once, its mirrored copies are made there
             tiles = {c: torch.from_numpy(np.array(tile)).to(self.device) for c, tile in tiles.items()}
             x = torch.stack([tiles[c].flip([axis + 1 for axis in flips]) for c, flips in jobs])
-        if len(x) == 1 and not self.given and _slow_alone(network, x): x = x.repeat(2, 1, 1, 1, 1)
+        if len(x) == 1 and not (self.given or self.flat) and self.device.type == 'cpu' and 0 < _first_layer(network, size) <= 20480: x = x.repeat(2, 1, 1, 1, 1)
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None): logits = network(x[:, :, 0] if self.flat else x)
         if isinstance(logits, (list, tuple)): logits = logits[0] # trained with deep supervision
         if self.flat: logits = logits[:, :, None]
@@ -292,10 +292,10 @@ def shrink(self:_Passes, ring, error):
 # %% ../nbs/62_sliding_window.ipynb #fdf291ee
 SLICES = 8 # windows of a 2D network that pass through it together on a CPU
 
-def _slow_alone(network, x):
-    "torch (2.13) leaves its fast 3D convolutions aside for a single small window on a CPU: channels x planes x lines up to 20,480"
+def _first_layer(network, size):
+    "Channels x planes x lines that the first 3D convolution gives; torch (2.13) leaves its fast ones aside up to 20,480 and for a single sample"
     first = next((m for m in getattr(network, 'modules', list)() if isinstance(m, torch.nn.Conv3d)), None)
-    return first is not None and x.device.type == 'cpu' and x.ndim == 5 and first.out_channels*x.shape[2]*x.shape[3] <= 20480
+    return first.out_channels*size[0]*size[1] if first is not None else 0
 
 def _several(networks):
     "One network as a list of one; several as they are"
@@ -332,7 +332,7 @@ class _Run:
             self.size = self.size[:1]*flat + tuple(-(-max(n, p)//d)*d for n, p, d in zip(np.shape(image)[-len(patch_size):], patch_size, steps))
         self.flips = [tuple(axis + flat for axis in flips) for flips in mirror_combinations(mirror_axes)]
         self.image, self.back = pad_to_patch(np.asarray(image, np.float32), self.size)
-        self.passes = _Passes(self.device, precision, batch_size, flat, n_outputs)
+        self.passes = _Passes(self.device, precision, batch_size, flat, n_outputs, _first_layer(first, self.size) <= 3*20480) # deeper layers have half and less
         self.windows = _Windows(self.image.shape[1:], self.size, step_size, sigma_scale, -(-self.passes.batch//len(self.flips)))
 
 # %% ../nbs/62_sliding_window.ipynb #3ac7c4e7
