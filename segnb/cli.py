@@ -592,6 +592,7 @@ def _speed_arguments(group):
     group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', default=None, help='less memory for more time')
     group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
 
+# %% ../nbs/90_cli.ipynb #409b8a6f
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
