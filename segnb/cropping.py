@@ -7,9 +7,6 @@ __all__ = ['CroppingError', 'CropBox', 'bounding_box', 'nonzero_box', 'fill_hole
 
 # %% ../nbs/20_cropping.ipynb #54695d28
 import numpy as np
-from scipy import ndimage
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
 from .image import SegnbError
 
@@ -116,12 +113,13 @@ def fill_holes(
     padded[1:-1, 1:, 1:] = mask
     flat = padded.reshape(-1)
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
+    from scipy import ndimage, sparse
     if len(edges) > mask.size // 20: return ndimage.binary_fill_holes(mask) # noise: too many runs
     starts, stops = np.append(0, edges[1::2]), np.append(edges[::2], flat.size)
     shifts = x + 1, (x + 1) * (y + 1) # to the next line, to the next slice
     pairs = np.concatenate([_touching(starts, stops, shift) for shift in shifts], axis=1)
-    graph = coo_matrix((np.ones(pairs.shape[1], np.int8), tuple(pairs)), (len(starts),) * 2)
-    part = connected_components(graph, directed=False)[1]
+    graph = sparse.coo_matrix((np.ones(pairs.shape[1], np.int8), tuple(pairs)), (len(starts),) * 2)
+    part = sparse.csgraph.connected_components(graph, directed=False)[1]
     hole = part != part[0] # run 0 begins in the border
     flat[_places(starts[hole], stops[hole])] = True
     return padded[1:-1, 1:, 1:]

@@ -13,7 +13,6 @@ from functools import lru_cache
 from itertools import product
 
 import numpy as np
-from scipy import ndimage as ndi
 
 from .image import SegnbError
 from .spacing import resampled_shape
@@ -73,7 +72,9 @@ def spline_matrix(
     if order == 0: matrix = np.eye(n_in)[nearest_index(n_in, n_out)]
     else:
         coefficients = np.pad(np.eye(n_in), ((PAD, PAD), (0, 0)), 'edge')
-        if order > 1: coefficients = ndi.spline_filter1d(coefficients, order, axis=0, mode='nearest')
+        if order > 1:
+            from scipy import ndimage
+            coefficients = ndimage.spline_filter1d(coefficients, order, axis=0, mode='nearest')
         first, weights = spline_weights(sample_positions(n_in, n_out) + PAD, order)
         matrix = sum(weight[:, None] * coefficients[first + k] for k, weight in enumerate(weights))
     matrix.setflags(write=False)
@@ -474,8 +475,9 @@ def _count(label, weight, strict):
 
 # %% ../nbs/30_resampling.ipynb #3177749d
 def _vote_by_label(window, new, spans, order, device, strict, axes):
+    from scipy import ndimage
     result, low = np.zeros(new.shape, new.dtype), min(int(window.min()), 0)
-    for label, box in enumerate(ndi.find_objects(window.astype(np.int32) - low + 1), low):
+    for label, box in enumerate(ndimage.find_objects(window.astype(np.int32) - low + 1), low):
         if box is None or (label == low == 0): continue  # absent, or background with nothing below it to overrule
         share, place = _share(window[box] == label, box, spans, device)
         won = share > .5 if strict else share >= .5
@@ -507,10 +509,11 @@ def _share(mask, box, spans, device):
 def _exact_share(window, label, box, points, spans, order, axes):
     # the share of a label at some new voxels, bit for bit as scipy computes it, which takes the axes one after the other
     crop = [slice(max(0, b.start - REACH), b.stop + REACH) for b in box]
+    from scipy import ndimage
     values = (window[tuple(crop)] == label).astype(float)
     filtered = [axis for axis in axes if spans[axis] is not None and order > 1]
     values = np.pad(values, [(PAD * (axis in filtered),) * 2 for axis in range(3)], 'edge')
-    for axis in filtered: values = ndi.spline_filter1d(values, order, axis, mode='nearest')
+    for axis in filtered: values = ndimage.spline_filter1d(values, order, axis, mode='nearest')
     taps = []
     for axis in axes:
         span, index = spans[axis], points[axis]

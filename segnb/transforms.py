@@ -12,7 +12,6 @@ __all__ = ['COEFFICIENTS', 'MARGIN', 'TransformError', 'torch_only', 'warp_image
 import contextlib, contextvars, functools, types
 
 import numpy as np
-from scipy import ndimage
 
 from .image import SegnbError
 from .resampling import nearest_index, resample_image, spline_matrix
@@ -655,6 +654,7 @@ def median_filter(
 ):         # Tensor like `x`
     "Replace every voxel by the median around it, reflected at the borders"
     import torch
+    from scipy import ndimage
     return _changed(x, sizes, lambda c, n: torch.from_numpy(ndimage.median_filter(c.cpu().numpy(), int(n))).to(c.device))
 
 
@@ -740,6 +740,7 @@ def _warp_elsewhere(x, matrix, out_shape, order, field):
         return torch.nn.functional.grid_sample(x[None], grid, align_corners=True)[0]*inside
     if order == 0: taps = [(_flat((places + .5).floor().long(), x.shape[1:]), inside)]
     else:
+        from scipy import ndimage
         for axis, n in enumerate(x.shape[1:], 1):
             if n > 1: x = _along(x, ndimage.spline_filter1d(np.eye(n), 3, axis=0, mode='mirror'), axis)
         taps = _taps(places, x.shape[1:], 3)
