@@ -162,7 +162,7 @@ def _add_window(logits, weight, inverse, total, corner, flips, regions, first, l
 # %% ../nbs/62_sliding_window.ipynb #2a73cc3d
 class _Ring:
     "Sums of the planes that windows still write to; plane z lies at z % depth"
-    SLAB = 2**25 # bytes handed over at a time
+    SLAB = 2**23 # bytes handed over at a time, but at least a plane
 
     def __init__(self, windows, n_outputs, regions, device, share=1., whole=None): # share: of one answer in the mean, 1/(mirrored copies x networks)
         self.windows, self.regions, self.whole, shape = windows, regions, whole, windows.shape[1:]
