@@ -610,6 +610,19 @@ def _scores(folder):
     return read_json(folder/'summary.json') if (folder/'summary.json').exists() else None
 
 # %% ../nbs/90_cli.ipynb #1205cec5
+_RUNNING = ('part_id', 'num_parts', 'n_workers', 'save_probabilities', 'maps', 'previous') # of `predict_folder`
+
+def _stored(model, wanted, say):
+    "The post-processing to apply, as a function of label map and spacing; None for none"
+    if wanted is False: return None
+    from segnb.postprocessing import Postprocessing
+    file = Path(model)/'postprocessing.json' if wanted is True else Path(wanted)
+    if wanted is True and not file.exists(): return None
+    rule = Postprocessing.load(file)
+    say(f'post-processing of {file}: {rule.explain()}')
+    return rule.apply
+
+# %% ../nbs/90_cli.ipynb #e3966dfe
 def predict(
     source,                           # Folder with `<case>_0000.nii.gz`, ...
     out,                              # Folder for the label maps
@@ -643,18 +656,6 @@ def predict(
     written = predictor.predict_folder(source, out, ending, overwrite=overwrite, progress=progress, **running)
     say(f'{len(written)} label maps in {out}')
     return written
-
-_RUNNING = ('part_id', 'num_parts', 'n_workers', 'save_probabilities', 'maps', 'previous') # of `predict_folder`
-
-def _stored(model, wanted, say):
-    "The post-processing to apply, as a function of label map and spacing; None for none"
-    if wanted is False: return None
-    from segnb.postprocessing import Postprocessing
-    file = Path(model)/'postprocessing.json' if wanted is True else Path(wanted)
-    if wanted is True and not file.exists(): return None
-    rule = Postprocessing.load(file)
-    say(f'post-processing of {file}: {rule.explain()}')
-    return rule.apply
 
 # %% ../nbs/90_cli.ipynb #b1d0dbb9
 @_verb('predict', 'Segment every case of a folder.', 'segnb predict -i imagesTs -o predictions -m workspace/models/Task004_Hippocampus/3d_fullres')
