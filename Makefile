@@ -41,14 +41,15 @@ lab: $(VENV)/dev
 book: $(VENV)/dev
 	$(BIN)/jupyter nbconvert --to html --output-dir _docs nbs/*.ipynb
 
-$(VENV)-peers/done: benchmarks/requirements-peers.txt constraints.txt
+$(VENV)-peers/done: benchmarks/requirements-peers.txt benchmarks/requirements-peers-alone.txt constraints.txt
 	test -x $(VENV)-peers/bin/python || $(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	$(VENV)-peers/bin/python -m pip install -q --disable-pip-version-check --no-deps -r benchmarks/requirements-peers-alone.txt
 	touch $@
 
 bench: $(VENV)/dev $(VENV)-peers/done
-	for stage in reading fingerprint planning resampling preprocessing augmentation training; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
+	for stage in reading fingerprint planning resampling preprocessing augmentation training metrics sliding_window export prediction components; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 readme: $(VENV)/dev

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 RECORD = HERE/'record.json'
 DATA = Path(os.environ.get('SEGNB_REAL_DATA', HERE.parent.parent/'shared'/'data'))
 TASKS = {t.name: t for t in (DATA/'Task004_Hippocampus', DATA/'Task010_SarcomaCT', HERE.parent/'data_samples'/'Task101_PhantomCT') if t.exists()}
-PACKAGES = ('segnb', 'torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'nnunetv2', 'batchgenerators', 'blosc2')
+PACKAGES = ('segnb', 'torch', 'numpy', 'scipy', 'scikit-image', 'SimpleITK', 'nnunetv2', 'monai', 'medpy', 'batchgenerators', 'blosc2')
 entries, marks = {}, {}
 
 

@@ -4,8 +4,11 @@ hippocampus: Task004_Hippocampus with segnb's 3d_fullres plan (nnU-Net v2 gets t
 five poolings, ten made cases of 160^3 voxels. Both sides train in half precision with their own augmentation workers. The first
 epoch of each is thrown away (it compiles and fills queues), the median of the others counts.
 
-Needs a GPU: `python benchmarks/gpu.py --peers PEERS/bin/python --rounds 2`. SEGNB_BENCH_DEVICE (cuda), SEGNB_BENCH_ITERATIONS (250)
-and SEGNB_BENCH_EPOCHS (3) are for trying the script elsewhere.
+window_large: a trained-size network (five poolings, 32 features, three classes) over a volume of 400x512x512 voxels, patch 128^3,
+step 0.5, mirrored along three axes, half precision: the probabilities or logits of all voxels, on the way to a label map.
+
+Needs a GPU: `python benchmarks/gpu.py --peers PEERS/bin/python --rounds 2`. SEGNB_BENCH_DEVICE (cuda), SEGNB_BENCH_ITERATIONS (250),
+SEGNB_BENCH_EPOCHS (3) and SEGNB_BENCH_VOLUME (400,512,512) are for trying the script elsewhere.
 """
 import json, os, statistics, tempfile
 from pathlib import Path
@@ -88,6 +91,67 @@ def theirs(task):
     return figures([end - start for start, end in zip(kept['epoch_start_timestamps'], kept['epoch_end_timestamps'])])
 
 
+VOLUME = tuple(int(n) for n in os.environ.get('SEGNB_BENCH_VOLUME', '400,512,512').split(','))
+PATCH, CLASSES = (128, 128, 128) if min(VOLUME) >= 128 else (64, 64, 64), 3
+
+
+def timed(predict, synchronize):
+    "Median of two predictions after one that is thrown away, with the peak of the device"
+    import time
+    import torch
+    seconds = []
+    for i in range(3):
+        if i == 1 and torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        predict()
+        synchronize()
+        seconds.append(time.perf_counter() - began)
+    return figures(seconds) | dict(unit='a volume', first_epoch=None, first_call=seconds[0])
+
+
+def network():
+    "A plain U-Net of 32 to 320 features in eager mode"
+    import torch
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    torch.manual_seed(0)
+    return PlainConvUNet(1, 6, [32, 64, 128, 256, 320, 320], torch.nn.Conv3d, 3, [1, 2, 2, 2, 2, 2], 2, CLASSES, 2, conv_bias=True, norm_op=torch.nn.InstanceNorm3d,
+                         norm_op_kwargs=dict(eps=1e-5, affine=True), nonlin=torch.nn.LeakyReLU, nonlin_kwargs=dict(inplace=True), deep_supervision=False).eval().to(DEVICE)
+
+
+def volume():
+    import numpy as np
+    return np.random.default_rng(0).standard_normal((1, *VOLUME), dtype=np.float32)
+
+
+def window_ours():
+    import numpy as np
+    import torch
+    from segnb.network import build_network
+    from segnb.planning import Configuration
+    from segnb.sliding_window import sliding_window_slabs
+    plan = Configuration(name='3d_fullres', patch_size=PATCH, batch_size=2, spacing=(1., 1., 1.), median_shape=VOLUME, num_pool_per_axis=(5, 5, 5), pool_op_kernel_sizes=((2,)*3,)*5,
+                         conv_kernel_sizes=((3,)*3,)*6, do_dummy_2d_data_aug=False, base_num_features=32, max_num_features=320, batch_dice=False)
+    net, image = build_network(plan, 1, CLASSES, deep_supervision=False).eval().to(DEVICE), volume()
+    decided = np.empty(VOLUME, np.uint8)
+
+    def predict():
+        for start, slab in sliding_window_slabs(net, image, PATCH, CLASSES, mirror_axes=(0, 1, 2), device=DEVICE, precision='fp16' if DEVICE == 'cuda' else 'fp32'):
+            decided[start:start + slab.shape[1]] = slab.argmax(0)
+    return timed(predict, torch.cuda.synchronize if DEVICE == 'cuda' else lambda: None)
+
+
+def window_theirs():
+    from types import SimpleNamespace
+    v2.prepare()
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    predictor = nnUNetPredictor(.5, True, True, DEVICE == 'cuda', torch.device(DEVICE), allow_tqdm=False)
+    predictor.network, predictor.allowed_mirroring_axes = network(), (0, 1, 2)
+    predictor.configuration_manager, predictor.label_manager = SimpleNamespace(patch_size=list(PATCH)), SimpleNamespace(num_segmentation_heads=CLASSES)
+    image = torch.from_numpy(volume())
+    return timed(lambda: predictor.predict_sliding_window_return_logits(image).argmax(0).cpu(), torch.cuda.synchronize if DEVICE == 'cuda' else lambda: None)
+
+
 def cuda_there():
     import torch
     return DEVICE != 'cuda' or torch.cuda.is_available()
@@ -97,6 +161,10 @@ for name, task in (('epoch_hippocampus', lambda: DATA/'Task004_Hippocampus'), ('
     entry(name, 'segnb')(lambda t=task: ours(t()))
     entry(name, 'nnunetv2', 'peers')(lambda t=task: theirs(t()))
     mark(name, 'nnunetv2', 1.2)
+entry('window_large', 'segnb')(window_ours)
+entry('window_large', 'nnunetv2', 'peers')(window_theirs)
+mark('window_large', 'nnunetv2', 1.2)
+mark('window_large', 'nnunetv2', 2, 'gpu_mb')
 
 if __name__ == '__main__':
     if cuda_there(): main(__doc__)

@@ -3,23 +3,23 @@
 `memory_<task>`: the first case of a task, planned as segnb plans it, predicted from files to a label map, with one fold, with
 five folds in the memory of one (`segnb_five`), and with five networks side by side (`side_by_side`). Networks have random
 weights; on real tasks they are small, so that the figure shows what a case needs, and in `memory_weights` they are large
-(30 million weights, a small image), so that it shows what weights need. Seconds are those of one case.
+(some ten million weights, a small image), so that it shows what weights need. Seconds are those of one case.
 `folder`: four cases of the hippocampus from files to files: in order, with a process that prepares, and nnU-Net v2's predictor
 with the same network (its own architecture by the same plan), the same window, mirrored alike.
 `ready`: a new process until it could take its first case: packages imported, a small model of one fold loaded.
 """
-import dataclasses, json, os, subprocess, sys, tempfile, time
+import dataclasses, json, subprocess, sys, tempfile
 from pathlib import Path
 
 from common import DATA, entry, main, mark, measure
 
 FIVE = range(5)
 TASKS = ('Task004_Hippocampus', 'Task010_SarcomaCT', 'Task020_TotalSegCT')
-WIDE = dict(base_num_features=32, max_num_features=320)
+WIDE = dict(planner='cpu', base_num_features=64, max_num_features=512)
 NARROW = dict(base_num_features=4, max_num_features=32)
 
 
-def model_of(dataset, folder, folds, **features):
+def model_of(dataset, folder, folds, planner='nnunet_v1', **features):
     "A model folder with random weights, planned as for the data set (a plan of four cases will do)"
     import torch
     from segnb.checkpoints import save_checkpoint
@@ -27,7 +27,7 @@ def model_of(dataset, folder, folds, **features):
     from segnb.network import build_network
     from segnb.planning import plan_experiment
     from segnb.workers import write_json
-    plans = plan_experiment(extract_fingerprint(dataset, 0))
+    plans = plan_experiment(extract_fingerprint(dataset, 0), planner=planner)
     plans = dataclasses.replace(plans, configurations={'3d_fullres': dataclasses.replace(plans.configuration('3d_fullres'), **features)})
     for fold in folds:
         (folder/f'fold_{fold}').mkdir(parents=True)
@@ -80,9 +80,14 @@ def one_case(task, folds, side_by_side=False, **features):
 
 
 def small_task(folder):
-    "Four phantom cases"
+    "Four phantom cases, and the middle of one: a few windows"
+    import numpy as np
+    from segnb.image import read_image, write_image
     dataset = FewCases(Path(__file__).resolve().parent.parent/'data_samples'/'Task101_PhantomCT')
-    return dataset, dataset.image_files(dataset.cases[0])
+    image, grid = read_image(dataset.image_files(dataset.cases[0]))
+    middle = np.ascontiguousarray(image[:, :, 30:80, 30:80])
+    write_image(middle, dataclasses.replace(grid, shape=middle.shape[1:]), folder/'middle_0000.nii.gz')
+    return dataset, [folder/'middle_0000.nii.gz']
 
 
 for name in TASKS:
