@@ -12,7 +12,7 @@ import numpy as np
 from .export import probabilities_to_original_grid, save_label_map, to_original_grid, write_probabilities
 from .image import Geometry, SegnbError
 from .labels import Labels
-from .postprocessing import apply_postprocessing, validation_files
+from .postprocessing import Postprocessing, apply_postprocessing, validation_files
 from .workers import check_writable, parallel_map, read_json, remove_stale_parts, write_json
 
 # %% ../nbs/71_ensembling.ipynb #a970b541
@@ -172,8 +172,12 @@ def ensemble_probabilities(
     progress=True,                 # A bar on a terminal; False: none
 )->dict:                           # {case: Path of its label map}
     "Average kept probabilities of several folders case by case and write label maps; raises `EnsembleError`"
+    folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
     sources, out = [probability_files(f) for f in folders], check_writable(out)
+    if own := {Path(f).parent.resolve() for files in sources for f in files.values()} & {out.resolve(), (out/'not_postprocessed').resolve()}:
+        raise EnsembleError('the results would lie among the answers of a member', file=own.pop(), fix='choose another folder')
     weights, labels = _weights(weights, len(sources)), labels or _found_labels(sources)
+    if not (postprocessing is None or isinstance(postprocessing, Postprocessing)): postprocessing = Postprocessing.load(postprocessing)
     raw = check_writable(out/'not_postprocessed') if postprocessing is not None else out
     matched = _matched(sources, folders, cases)
     for files in matched.values(): _check_members([(m, m.way) for m in map(_Kept, files)], labels) # before hours of work

@@ -7,7 +7,7 @@ __all__ = ['PostprocessingError', 'keep_largest_component', 'removed_figure', 'P
            'label_files', 'validation_files', 'consolidate_folds', 'apply_postprocessing']
 
 # %% ../nbs/70_postprocessing.ipynb #77712d1c
-import ast, re, warnings
+import ast, operator, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,9 +26,10 @@ class PostprocessingError(SegnbError):
 def _entries(which):
     "What to keep the largest piece of, as a tuple of tuples of labels; a tuple is handled jointly, a list one by one"
     which = [which] if isinstance(which, (int, np.integer, tuple)) else which
-    entries = tuple(tuple(int(v) for v in np.atleast_1d(entry)) for entry in which)
+    try: entries = tuple(tuple(operator.index(v) for v in np.atleast_1d(entry)) for entry in which)
+    except TypeError: entries = ((),)
     if any(v <= 0 for entry in entries for v in entry) or () in entries:
-        raise PostprocessingError('only labels above 0 have pieces to remove', found=list(which), expected='an int, a tuple or a list of such')
+        raise PostprocessingError('only labels above 0 have pieces to remove', found=which, expected='an int, a tuple or a list of such')
     return entries
 
 def _passes(entries):
@@ -53,7 +54,7 @@ def _pieces(labels, entries):
     import cc3d
     groups = labels if len(entries) > 1 else labels == entries[0][0] if len(entries[0]) == 1 else np.isin(labels, entries[0])
     if (box := _box(groups)) is None: return None
-    groups = np.ascontiguousarray(groups[box])
+    groups = np.ascontiguousarray(groups[box], groups.dtype.newbyteorder('=')) # cc3d knows the machine's byte order only
     pieces, n = cc3d.connected_components(groups, connectivity=6, return_N=True)
     where = np.flatnonzero(groups)  # most of a box is background, which needs no counting
     of = pieces.ravel()[where]
@@ -206,6 +207,7 @@ def _names(labels):
 
 def _pairs(files, reference):
     "(prediction, reference) of every case"
+    if not files: raise PostprocessingError('no cases to decide from', expected='one label map at least')
     truth = reference if isinstance(reference, dict) else label_files(reference)
     if missing := [c for c in files if c not in truth]:
         raise PostprocessingError(f'{len(missing)} case(s) have no reference', case=', '.join(missing[:5]), file=None if truth is reference else reference)
@@ -263,7 +265,7 @@ def label_files(
 def explain(self:Postprocessing)->str: # Lines of text
     "Say in words what is removed, and what that did to the mean Dice"
     def called(entry): return ', '.join((self.names or {}).get(v, f'label {v}') for v in np.atleast_1d(entry).tolist())
-    lines = [f'Decided on {self.n_cases} cases.'] if self.n_cases else []
+    lines = [f"Decided on {self.n_cases} case{'s' * (self.n_cases > 1)}."] if self.n_cases else []
     if not self.which: lines.append('Nothing is removed: keeping only the largest piece raised no label without lowering another.')
     for i, entry in enumerate(self.which, 1):
         joint = f'{called(entry)}' + (', all as one object' if np.ndim(entry) and len(entry) > 1 else '')
@@ -377,21 +379,34 @@ def _link(file, link):
 # %% ../nbs/70_postprocessing.ipynb #f949fa8d
 def apply_postprocessing(
     source,               # Folder of label maps, or {case: label map}
-    out,                  # Folder for the results, of the same names; may be `source`
+    out,                  # Folder for the results, named by case; may be `source`
     postprocessing,       # `Postprocessing`, or a postprocessing.json
     *,
     n_workers:int=None,   # Processes; 0: this one; None: the machine decides
-    overwrite:bool=True,  # False: leave alone what is there already
+    overwrite:bool=True,  # False: leave alone what this decision made already from the same maps
     progress=True,        # A bar on a terminal; False: none
 )->dict:                  # {case: voxels removed}, of the cases that were done now
     "Post-process every label map of a folder, each written whole or not at all; raises `SegnbError` naming the file"
     decision = postprocessing if isinstance(postprocessing, Postprocessing) else Postprocessing.load(postprocessing)
     files, out = dict(source) if isinstance(source, dict) else label_files(source), check_writable(out)
     remove_stale_parts(out)
-    todo = {case: (file, out/Path(file).name, decision) for case, file in files.items() if overwrite or not (out/Path(file).name).exists()}
-    removed = parallel_map(_apply, list(todo.values()), n_workers=n_workers, names=list(todo), step='post-processing', progress=progress)
+    fresh = not overwrite and _is_decision(out/'postprocessing.json', decision)
+    todo = {case: (Path(file), out/f'{case}{image_ending(file)}', decision) for case, file in files.items()}
+    todo = {case: task for case, task in todo.items() if not (fresh and _newer(*task[:2]))}
+    for file, target, _ in todo.values():
+        if target.exists() and not target.samefile(file): target.unlink() # so that what is there is of one making
     decision.save(out/'postprocessing.json')
+    removed = parallel_map(_apply, list(todo.values()), n_workers=n_workers, names=list(todo), step='post-processing', progress=progress)
     return dict(zip(todo, removed))
+
+def _is_decision(file, decision):
+    "Whether a file holds this very decision"
+    try: return Postprocessing.load(file) == decision
+    except SegnbError: return False
+
+def _newer(file, target):
+    "Whether the result is there, made after the map; in place that cannot be told"
+    return target.exists() and not target.samefile(file) and target.stat().st_mtime_ns >= file.stat().st_mtime_ns
 
 def _apply(task):
     "Post-process one file; the number of voxels removed"

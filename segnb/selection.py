@@ -145,6 +145,14 @@ def _pool(models, name, folds):
         cases |= scores
     return {'cases': cases}
 
+def _one_set_of_labels(models, names):
+    "The `Labels` that all configurations were trained with"
+    labels, *others = [Labels.from_dict(read_json(models/name/'dataset.json')) for name in names]
+    for name, other in zip(names[1:], others):
+        if other != labels: raise SelectionError('the configurations were trained with different labels', file=models/name/'dataset.json', found=other.names,
+                                                 expected=f'those of {names[0]}: {labels.names}', fix='name the configurations to compare')
+    return labels
+
 def _same_cases(pooled):
     "Refuse configurations that were not asked about the same cases"
     first, *others = pooled
@@ -159,7 +167,8 @@ def _predict_missing(models, preprocessed, names, folds, probabilities, say, opt
     for name, gap in gaps.items():
         n, seconds = sum(map(len, gap.values())), _seconds_a_case(models/name)
         lasts = f', about {_duration(n*seconds)} at {seconds:.1f} s a case as last time' if seconds and n else ''
-        say(f"{name}: {n} cases of fold {', '.join(map(str, gap))} have no {'probabilities' if probabilities else 'label map'} yet; they are predicted now{lasts}")
+        said = f"{n} cases of fold %s have no {'probabilities' if probabilities else 'label map'} yet; they are predicted now{lasts}" if n else 'fold %s is scored again: the network is newer than its scores'
+        say(f'{name}: ' + said % ', '.join(map(str, gap)))
     for name, gap in gaps.items():
         for fold in gap:
             before = _as_before(models/name/f'fold_{fold}'/'validation')
@@ -255,7 +264,7 @@ def table(self:Selection,
 def explain(self:Selection,
 )->str: # A few sentences
     "Say what was chosen, why, and how sure that is"
-    best, where = self.best, f"{len(self.cases)} cases" + (f" of {len(self.folds)} folds" if self.folds else '')
+    best, where = self.best, f"{len(self.cases)} case{'s' * (len(self.cases) != 1)}" + (f" of {len(self.folds)} folds" if self.folds else '')
     rank = f'the highest of {len(self.candidates)} candidates' if len(self.candidates) > 1 else 'the only candidate'
     text = [f'{self.chosen} is chosen: its mean foreground Dice before post-processing is {best.dice:.4f} over {where}, {rank}.']
     if self.difference:
@@ -346,7 +355,8 @@ def _equal(a, b):
     return cases == others and labels == classes and np.array_equal(dice, other, equal_nan=True)
 
 def _after(decision):
-    "Mean foreground Dice after a post-processing, as it was determined"
+    "Mean foreground Dice after a post-processing, as it was determined; None where it came from elsewhere, without scores"
+    if 'final' not in (decision.scores or {}): return None
     values = [v for v in map(_number, decision.scores['final'].values()) if not np.isnan(v)]
     return float(np.mean(values)) if values else float('nan')
 
@@ -397,12 +407,12 @@ def find_best_configuration(
     folds = tuple(range(len(load_splits(preprocessed/'splits.json'))) if folds is None else dict.fromkeys(map(int, folds)))
     names, left_out = _find_configurations(models, configurations, folds)
     pairs = list(itertools.combinations(names, 2)) if ensembling else []
+    labels = _one_set_of_labels(models, names)
     say = (lambda text: print(text, file=sys.stderr, flush=True)) if progress else (lambda text: None)
     predicted = _predict_missing(models, preprocessed, names, folds, bool(pairs), say, {'progress': progress, 'n_workers': n_workers or 0} | options)
     results = {name: _pool(models, name, folds) for name in names}
     _same_cases(results)
     shared = dict(n_workers=n_workers, progress=progress)
-    labels = Labels.from_dict(read_json(models/names[0]/'dataset.json'))
     after = {name: _consolidate(models/name, preprocessed, folds, results[name], shared) for name in names} if postprocessing else {}
     for pair in pairs: results['+'.join(pair)], after['+'.join(pair)] = _ensemble(models, preprocessed, pair, folds, labels, postprocessing, shared)
     selection = select(results, models=models, folds=folds, labels={labels.values[k]: labels.names[k] for k in labels.foreground}, postprocessed=after,

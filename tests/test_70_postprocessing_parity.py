@@ -145,11 +145,48 @@ def test_a_folder_with_workers_in_place_and_resumed(folder):
     assert np.array_equal(a[0], b[0]) and a[1] == b[1] and not a[1].differences(grid((3, 5, 6), (3, .7, 1.1)))
 
 
+def test_results_of_two_decisions_or_of_older_maps_are_not_mixed(folder):
+    def ask(rule, source='in', out='out'): return apply_postprocessing(folder/source, folder/out, rule, overwrite=False, **QUIET)
+    assert ask(Postprocessing((2,))) == {f'case_{i}': 0 for i in range(3)}
+    assert ask(Postprocessing((1,))) == {f'case_{i}': 1 for i in range(3)} and ask(Postprocessing((1,))) == {}
+    shutil.copyfile(folder/'in'/'case_0.nii.gz', folder/'in'/'new') and (folder/'in'/'new').replace(folder/'in'/'case_1.nii.gz')  # predicted again
+    assert ask(Postprocessing((1,))) == {'case_1': 1}
+    (folder/'out'/'case_2.nii.gz').write_bytes((folder/'in'/'case_2.nii.gz').read_bytes())
+    (folder/'out'/'postprocessing.json').write_text('{')                                     # damaged: nothing is trusted
+    assert len(ask(Postprocessing((1,)))) == 3 and ask(Postprocessing((1,)), 'out')['case_2'] == 0
+    assert ask(Postprocessing((1,)), 'in', 'in')['case_2'] == 1                              # in place it is always done
+
+
+def test_files_of_one_name_in_two_folders(folder):
+    for i in range(2): (folder/f'patient_{i}').mkdir(), shutil.copy(folder/'in'/'case_0.nii.gz', folder/f'patient_{i}'/'answer.nii.gz')
+    found = {f'{i} é "x"': folder/f'patient_{i}'/'answer.nii.gz' for i in range(2)}
+    assert len(apply_postprocessing(found, folder/'out', Postprocessing((1,)), **QUIET)) == 2
+    assert sorted(f.name for f in (folder/'out').glob('*.gz')) == [f'{i} é "x".nii.gz' for i in range(2)]
+
+
+@pytest.mark.parametrize('dtype', ['>i2', '>u4', '<i8', 'u1', '>i8'])
+def test_any_byte_order_and_layout(dtype):
+    a = np.asfortranarray(np.array([[[5, 5, 0, 5, 0, 9, 9]], [[5, 0, 9, 0, 0, 9, 9]]], dtype))
+    a.flags.writeable = False
+    for which in ([5, 9], [(5, 9)], 5):
+        kept = keep_largest_component(a, which)
+        assert kept.dtype == a.dtype and np.array_equal(kept, keep_largest_component(a.astype(np.int32), which)) and (kept != a).any()
+
+
+@pytest.mark.parametrize('which', ['1', [1.5], [('a',)], [None], [[]], 0, [(1, -2)], [1, True, 0]])
+def test_requests_that_name_no_label(which):
+    with pytest.raises(PostprocessingError, match='labels above 0'): keep_largest_component(np.ones((1, 2, 2), np.uint8), which)
+
+
+def test_no_case_decides_nothing():
+    with pytest.raises(PostprocessingError, match='no cases'): determine_postprocessing({}, {}, [1], **QUIET)
+
+
 def test_a_damaged_map_is_named_and_nothing_half_written_stays(folder):
     bad = folder/'in'/'case_1.nii.gz'
     bad.write_bytes(bad.read_bytes()[:100])
     with pytest.raises(SegnbError, match='case_1'): apply_postprocessing(folder/'in', folder/'out', Postprocessing((1,)), **QUIET)
-    assert sorted(f.name for f in (folder/'out').iterdir()) == ['case_0.nii.gz']           # whole, and no decision beside it yet
+    assert sorted(f.name for f in (folder/'out').iterdir()) == ['case_0.nii.gz', 'postprocessing.json']           # whole, and what made it
     with pytest.raises(SegnbError, match='case_1'): determine_postprocessing(folder/'in', folder/'in', [1], **QUIET)
 
 

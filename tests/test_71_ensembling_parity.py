@@ -170,6 +170,16 @@ def test_memory_does_not_grow_with_the_members(tmp_path):
     assert peak('a', 'b') < 12*one_class                                                   # of 16 classes; all at full size: 32
 
 
+def test_members_are_never_overwritten(tmp_path):
+    folders = written('turned', tmp_path)
+    before = {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()}
+    for out in (folders[0], tmp_path/'elsewhere'/'..'/folders[1].name):
+        with pytest.raises(EnsembleError, match='among the answers of a member'): ensemble_probabilities(folders, out, labels=PLAIN, save_probabilities=True, **QUIET)
+    with pytest.raises(EnsembleError, match='two members'): ensemble_probabilities(folders[0], tmp_path/'out', labels=PLAIN, **QUIET)
+    with pytest.raises(ValueError, match='no such file'): ensemble_probabilities(folders, tmp_path/'out', labels=PLAIN, postprocessing=tmp_path/'lost.json', **QUIET)
+    assert {f: f.read_bytes() for f in tmp_path.rglob('*') if f.is_file()} == before
+
+
 def test_folders_that_do_not_match(tmp_path):
     a, b = written('turned', tmp_path)
     shutil.copy(a/'case.npz', a/'extra.npz')

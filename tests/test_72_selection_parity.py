@@ -155,6 +155,13 @@ def test_files_that_hold_no_choice(tmp_path, text):
     with pytest.raises(SelectionError, match='not a selection'): Selection.load(tmp_path)
 
 
+def test_a_post_processing_from_elsewhere_has_no_score():
+    assert selection._after(selection.Postprocessing((1,))) is None
+    assert selection._after(selection.Postprocessing((1,), scores={'raw': {1: .5}})) is None
+    one = select(results_of({'2d': np.ones((1, 1))}), postprocessed={'2d': None})
+    assert 'After its' not in one.explain() and 'over 1 case,' in one.explain()
+
+
 # ---- folders ----
 
 FOLDS = (0, 1)
@@ -221,6 +228,25 @@ def test_missing_answers_are_announced_before_the_first_prediction_and_asked_as_
     assert [a[:3] for a in asked] == [(1, '2d', 0), (1, '2d', 1)]
     assert asked[0][3] == dict(save_probabilities=True, overwrite=False, step_size=.7, precision='fp32', mirror=(0, 2), whole_image=False, export_order=3, device='cpu')
     assert asked[1][3] == dict(save_probabilities=True, overwrite=False, device='cpu')
+
+
+def test_scores_that_are_older_than_the_network_are_made_anew(tmp_path, monkeypatch):
+    write_model(tmp_path, '2d')
+    os.utime(tmp_path/'2d'/'fold_1'/'validation'/'summary.json', (1, 1))
+    monkeypatch.setattr(selection, 'load_checkpoint', lambda file: {'val_cases': ['case_10', 'case_11']})
+    monkeypatch.setattr(selection, 'validate_fold', lambda *_, **__: None)
+    said = []
+    assert selection._predict_missing(tmp_path, tmp_path, ['2d'], FOLDS, True, said.append, {}) == {'2d': 0}
+    assert said == ['2d: fold 1 is scored again: the network is newer than its scores']
+
+
+def test_models_of_different_labels_are_refused_before_anything_is_predicted(tmp_path):
+    for name, labels in (('2d', {'0': 'background', '7': 'a', '9': 'b'}), ('3d_fullres', {'0': 'background', '7': 'a'}), ('own', {'0': 'background', '7': 'a', '9': 'b'})):
+        write_model(tmp_path, name, probabilities=False)
+        (tmp_path/name/'dataset.json').write_text(json.dumps({'labels': labels}))
+    (tmp_path/'splits.json').write_text(json.dumps([{'train': ['b'], 'val': ['a']}, {'train': ['a'], 'val': ['b']}]))
+    with pytest.raises(SelectionError, match='different labels'): find_best_configuration(tmp_path, tmp_path, progress=False)
+    assert selection._one_set_of_labels(tmp_path, ['2d', 'own']).foreground == (1, 2)
 
 
 def test_folds_that_do_not_belong_together(tmp_path):
