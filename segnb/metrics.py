@@ -86,13 +86,14 @@ def _wanted(metrics, spacing):
     return [m for m in METRICS if m in asked]
 
 # %% ../nbs/60_metrics.ipynb #af3a72f2
-def _confusion(reference, prediction):
-    "Values that may occur, and how often each of the reference (row) meets each of the prediction (column)"
+def _confusion(reference, prediction, asked):
+    "Values that may occur or were asked for, and how often each of the reference (row) meets each of the prediction (column)"
     n = int(max(reference.max(initial=0), prediction.max(initial=0))) + 1
     values = np.arange(n)
-    if n > 256: # large numbers, of which few occur
-        values = np.union1d(reference, prediction)
-        n, (reference, prediction) = len(values), (np.searchsorted(values, x) for x in (reference, prediction))
+    if n > 256: # large numbers: those that nobody asked for become one
+        values = np.append(-1, np.unique([*asked]))
+        n, places = len(values), [np.searchsorted(values, x).clip(max=len(values) - 1) for x in (reference, prediction)]
+        reference, prediction = (np.where(values[i] == x, i, 0) for i, x in zip(places, (reference, prediction)))
     kind = np.uint16 if n <= 256 else np.int64
     pairs = reference.astype(kind)
     pairs *= kind(n)
@@ -140,11 +141,12 @@ def evaluate_case(
     "Score one label map against its reference; raises `MetricsError` for maps that cannot be compared"
     reference, prediction = _checked(reference, prediction)
     wanted, scores = _wanted(metrics, spacing), {}
-    values, joint = _confusion(reference, prediction)
+    labels = [tuple(map(int, label)) if isinstance(label, (tuple, list)) else int(label) for label in labels]
+    asked = {k for label in labels for k in (label if isinstance(label, tuple) else (label,))} | ({ignore} - {None})
+    values, joint = _confusion(reference, prediction, asked)
     if ignore is not None: joint[values == ignore] = 0
     if spatial := set(wanted) & {*_SURFACE, *_LESION}: pair = _Pair(reference, prediction, ignore)
     for label in labels:
-        label = tuple(map(int, label)) if isinstance(label, (tuple, list)) else int(label)
         counts = _counts(values, joint, label)
         found = _overlap(**counts)
         if spacing is not None: found['volume_difference'] = (counts['n_prediction'] - counts['n_reference']) * math.prod(spacing) / 1000
@@ -266,7 +268,9 @@ def _components(masks, connectivity):
     "Number the connected parts of two masks: [(numbers, how many), ...]"
     import cc3d
     if connectivity not in (6, 18, 26): raise MetricsError('voxels do not touch like this', found=connectivity, expected='connectivity 6, 18 or 26')
-    return [cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks]
+    if min(masks[0].shape) > 1: return [cc3d.connected_components(m, connectivity=connectivity, return_N=True) for m in masks]
+    padded = [cc3d.connected_components(np.pad(m, ((0, 1),) * 3), connectivity=connectivity, return_N=True) for m in masks]
+    return [(numbers[:-1, :-1, :-1], n) for numbers, n in padded] # cc3d (4.1) can fail where an axis has one voxel
 
 
 def _coverage(numbers, n, other):
@@ -343,7 +347,7 @@ def bootstrap_interval(
     seed:int=0,        # The same seed and number of cases draw the same
 )->tuple:              # (low, high); nan with fewer than two cases
     "Say between which bounds a mean would lie if other cases of the same kind had been scored"
-    values = np.asarray(values, float).reshape(len(values), -1)
+    values = np.atleast_2d(np.asarray(values, float).T).T # (cases, labels)
     values = values[~np.isnan(values).all(1)]
     if len(values) < 2: return math.nan, math.nan
     known, drawn = ~np.isnan(values), _drawn(len(values), n, seed)
@@ -464,11 +468,12 @@ def _averaged(scored, keys):
 # %% ../nbs/60_metrics.ipynb #d007fcb3
 def format_table(
     result:dict,  # What `evaluate_folder` returned, or the same read back from JSON
-    metrics=None, # Names out of `METRICS`; None: Dice, and what was measured of distances and lesions
+    metrics=None, # Names out of `METRICS`, or 'all' that were measured; None: Dice, and of distances and lesions what was measured
 )->str:           # Lines of text: for each metric a row a case, the means and their intervals; the convention
     "Set the scores of every case and label as text"
     first = next(iter(next(iter(result['cases'].values())).values()))
-    if metrics is None: metrics = [m for m in ('dice', *_SURFACE, 'lesion_f1') if m in first] or [m for m in METRICS if m in first]
+    if metrics is None: metrics = [m for m in ('dice', *_SURFACE, 'lesion_f1') if m in first]
+    if not metrics or metrics == 'all': metrics = [m for m in METRICS if m in first]
     blocks = [_block(result, m) for m in ([metrics] if isinstance(metrics, str) else metrics)]
     return '\n'.join([*'\n\n'.join(blocks).split('\n'), '', *textwrap.wrap(result['convention'], 100)])
 
@@ -610,7 +615,9 @@ def compare_results(
     names:tuple=('first', 'second'), # What to call them
 )->Comparison:
     "Compare two evaluations case by case; raises `MetricsError` where they do not belong together"
-    for what, of in (('cases', lambda r: sorted(r['cases'])), ('labels', lambda r: sorted(map(str, r['labels']))), ('convention', lambda r: r['convention'])):
+    matter = ('not_scored', *(['tolerance_mm'] if metric == 'surface_dice' else ['connectivity', 'min_overlap'] if metric in _LESION else []))
+    for what, of in (('cases', lambda r: sorted(r['cases'])), ('labels', lambda r: sorted(map(str, r['labels']))), ('convention', lambda r: r['convention']),
+                     ('settings', lambda r: {k: r.get('settings', {}).get(k) for k in matter})):
         if of(first) != of(second):
             raise MetricsError(f'the two evaluations differ in their {what}', found=of(second), expected=of(first), fix='evaluate both alike')
     labels = {int(k): name for k, name in first['labels'].items()}

@@ -93,6 +93,45 @@ def test_lesions_lie_where_they_are_said_to():
     assert json.loads(json.dumps(found)) and find_lesions(reference, prediction, 2, min_overlap=.7)['n_lesions_found'] == 0
 
 
+@pytest.mark.parametrize('shape', [(1, 1, 5), (5, 1, 1), (1, 3, 3), (3, 1, 3), (3, 3, 1), (2, 3, 2)])
+def test_lesions_in_thin_boxes(shape):
+    from scipy.ndimage import generate_binary_structure, label
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        a, b = rng.random((2, *shape)) < .6
+        for connectivity, rank in ((6, 1), (18, 2), (26, 3)):
+            found = evaluate_case(a, b, (1,), metrics='lesion_f1', connectivity=connectivity)[1]
+            assert (found['n_lesions'], found['n_lesions_predicted']) == tuple(label(m, generate_binary_structure(3, rank))[1] for m in (a, b))
+
+
+def test_many_numbers_that_nobody_asked_for():
+    a = np.arange(300*200).reshape(1, 300, 200)
+    b = np.where(a % 2, a, 7)
+    found = evaluate_case(a, b, (7, 59999, (7, 9)), ignore=5)
+    assert [found[7][k] for k in ('n_reference', 'n_prediction', 'n_shared', 'n_voxels')] == [1, 30001, 1, 59999]
+    assert found[59999]['dice'] == 1 and found[7, 9]['n_shared'] == 2
+
+
+def test_a_label_that_no_case_has_is_compared_without_a_value(folders, tmp_path):
+    options = dict(metrics='all', n_workers=0, progress=False)
+    one, two = (evaluate_folder(folders['truth'], folders[name], {1: 'organ', 9: 'nowhere'}, **options) for name in ('one', 'two'))
+    for i, result in enumerate((one, two)): write_json(result, tmp_path/f'{i}.json')
+    for pair in ((one, two), [read_json(tmp_path/f'{i}.json') for i in (0, 1)]):
+        for metric in ('dice', 'hd95'):
+            row = compare_results(*pair, metric).rows[9]
+            assert row['n'] == 0 and np.isnan([row['difference'], *row['interval']]).all() and (row['p_sign'], row['p_wilcoxon']) == (1, 1)
+            assert 'nowhere' in compare_results(*pair, metric).table()
+    assert np.isnan(bootstrap_interval([])).all()
+    assert all(m in format_table(one, 'all') for m in METRICS)
+
+
+def test_what_was_measured_otherwise_is_not_compared(folders):
+    loose, strict = (evaluate_folder(folders['truth'], folders['one'], [1], metrics=('dice', 'surface_dice', 'lesion_f1'), tolerance=mm, min_overlap=mm/2, n_workers=0) for mm in (2, 1))
+    assert compare_results(loose, strict).rows[1]['difference'] == 0
+    for metric in ('surface_dice', 'lesion_f1'):
+        with pytest.raises(MetricsError, match='differ in their settings'): compare_results(loose, strict, metric)
+
+
 @pytest.mark.parametrize('n', [2, 5, 40])
 def test_bootstrap(n):
     values = np.random.default_rng(n).beta(8, 2, n)
