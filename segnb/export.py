@@ -276,7 +276,6 @@ def _pass(probabilities, properties, labels=None, sinks=(), keep=False, dtype=np
     "Hand every plane to every sink; gives the array, or what the slabs together are where `keep`"
     spool = _Spool(properties, dtype, folder) if keep and not hasattr(probabilities, 'shape') else None
     if spool: sinks = [*sinks, spool]
-    if not sinks and hasattr(probabilities, 'shape'): return _checked(probabilities, properties, labels)
     for z, plane in _planes(probabilities, properties, labels):
         for sink in sinks: sink(z, plane)
     return spool.array if spool else probabilities
@@ -346,15 +345,19 @@ def _uncertainty(planes, regions):
     return np.clip(total/np.float32(np.log(max(2, len(planes)))), 0, 1), best - second
 
 # %% ../nbs/63_export.ipynb #f790a53d
+def _same_grid(labels, geometry, file):
+    if tuple(labels.shape) != tuple(geometry.shape):
+        raise ExportError('label map and image differ in shape', file=file, found=f'a label map of {tuple(labels.shape)}',
+                          expected=f'{tuple(geometry.shape)}, as the image')
+
+
 def save_label_map(
     labels:np.ndarray, # (Z, Y, X) integers on the original grid
     geometry,          # `Geometry` of the original image
     file,              # Where to write; the folder is made
 ):
     "Write a label map with exactly the geometry of its image, whole or not at all; raises `SegnbError`"
-    if tuple(labels.shape) != tuple(geometry.shape):
-        raise ExportError('label map and image differ in shape', file=file, found=f'a label map of {tuple(labels.shape)}',
-                          expected=f'{tuple(geometry.shape)}, as the image')
+    _same_grid(labels, geometry, file)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     write_label_map(labels, geometry, file)
 
@@ -402,9 +405,10 @@ MAPS = ('entropy', 'margin', 'probability')
 class _Maps:
     "Fill entropy and margin as the planes come; write all maps at the end"
     def __init__(self, way, labels, maps):
+        maps = (maps,) if isinstance(maps, str) else tuple(maps)
         unknown = [str(m) for m in maps if m not in MAPS]
         if unknown: raise ExportError('no such map', found=', '.join(unknown), expected=', '.join(MAPS))
-        self.way, self.labels, self.maps, self.regions = way, labels, tuple(maps), bool(labels.regions)
+        self.way, self.labels, self.maps, self.regions = way, labels, maps, bool(labels.regions)
         self.images = {m: np.full(way.shape, m == 'margin', np.float32) for m in ('entropy', 'margin') if m in maps}
         self.views = {m: way.view(image) for m, image in self.images.items()}
         self.sinks = [_Mixer(way, self.fill)] if self.images else []
@@ -463,6 +467,7 @@ def export_case(
     if maps and maps_prefix is None:
         raise ExportError('where shall the maps go?', file=file, fix='give maps_prefix, such as maps/case_7')
     way, found = _WayBack(properties, order, order_z), _Maps(_WayBack(properties), labels, maps)
+    _same_grid(way, geometry, file)
     decider = _Decider(way, labels) if way.streams else None
     keep = probabilities_file is not None or 'probability' in maps or not way.streams
     Path(file).parent.mkdir(parents=True, exist_ok=True)

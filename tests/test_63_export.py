@@ -175,3 +175,19 @@ def test_numba_is_loaded_only_when_it_is_needed():
     code = "import sys, segnb.export; assert not {'numba', 'torch', 'matplotlib'} & set(sys.modules), 'loaded too early'"
     import subprocess
     subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).resolve().parents[1])
+
+def test_nan_is_refused_on_every_path(tmp_path):
+    p = scores(4)
+    p[2, 4, 5, 6] = np.nan
+    for write in (lambda: to_original_grid(p, CASE, several(4), 3), lambda: write_probabilities(p, CASE, tmp_path/'x.npz'), lambda: probabilities_to_original_grid(p, CASE, order=3),
+                  lambda: write_maps(p, CASE, several(4), GRID, tmp_path/'x', 'probability'), lambda: export_case(p, CASE, several(4), GRID, tmp_path/'x.nii.gz', order=3)):
+        with pytest.raises(ExportError, match='NaN or infinity.*in plane 4'): write()
+    assert not [*tmp_path.iterdir()]
+
+def test_one_map_may_be_named_alone(tmp_path):
+    assert [*write_maps(scores(4), CASE, several(4), GRID, tmp_path/'x', 'entropy')] == ['entropy']
+
+def test_another_image_is_refused_before_anything_is_written(tmp_path):
+    other = Geometry(GRID.spacing, GRID.origin, GRID.direction, (15, 21, 19))
+    with pytest.raises(ExportError, match='differ in shape'): export_case(scores(4), CASE, several(4), other, tmp_path/'x.nii.gz', probabilities_file=tmp_path/'x.npz')
+    assert not [*tmp_path.iterdir()]
