@@ -127,7 +127,6 @@ polyline{fill:none;stroke-width:1.8;stroke-linejoin:round;vector-effect:non-scal
 pre{font-size:.78rem;white-space:pre-wrap;overflow-wrap:anywhere;background:var(--faint);padding:.8rem;max-height:26rem}
 '''
 
-# %% ../nbs/73_report.ipynb #93388276
 _SCRIPT = '''
 const light = name => {
   for (const dots of document.querySelectorAll('.dots')) dots.classList.toggle('hot', name !== null && [...dots.querySelectorAll('.dot')].some(d => d.dataset.c === name));
@@ -257,7 +256,6 @@ th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] bu
 .bar{display:inline-flex;align-items:center;gap:.6rem}.bar::after{content:"";width:calc(var(--v)*6rem);height:.7rem;background:var(--band);border-right:2px solid var(--accent)}
 '''
 
-# %% ../nbs/73_report.ipynb #732e9cb4
 _SCRIPT += '''
 for (const table of document.querySelectorAll('table.sortable')) {
   const heads = [...table.tHead.rows[0].cells], body = table.tBodies[0];
@@ -346,11 +344,12 @@ def slice_viewer(
     image, reference, prediction, removed = map(turned, (image, reference, prediction, removed))
     mm, across, names = [s for i, s in enumerate(spacing) if i != axis], spacing[axis], [n for i, n in enumerate('zyx') if i != axis]
     anywhere = removed if removed is not None else np.max([turned(m) > 0 for m in maps], axis=0) if maps else np.zeros(image.shape, bool)
-    shown, start = _shown_slices(anywhere, slices)
     extent = [n * s for n, s in zip(image.shape[1:], mm)]
     size = tuple(max(1, round(pixels * e / max(extent))) for e in extent[::-1])
-    low, high = window or np.percentile(image[shown], (.5, 99.5))
-    grey = np.clip((image[shown] - low) / max(high - low, 1e-9) * 255, 0, 255).astype(np.uint8)
+    shown, start = _shown_slices(anywhere, max(1, min(slices, 65500 // size[1]))) # no JPEG is taller
+    part = np.nan_to_num(image[shown].astype(np.float32))
+    low, high = window or np.percentile(part, (.5, 99.5))
+    grey = np.clip((part - low) / max(high - low, 1e-9) * 255, 0, 255).astype(np.uint8)
     layers = [('image', _jpeg(np.concatenate([_shrunk(p, size, True) for p in grey])))]
     small = {k: np.concatenate([_outline(_shrunk(p, size)) if k == 'prediction' else _shrunk(p, size) for p in m[shown]])
              for k, m in _overlays(reference, prediction, removed, ignore).items()}
@@ -367,7 +366,6 @@ def _overlays(reference, prediction, removed, ignore):
         found['errors'] = (reference != prediction) & (reference != ignore if ignore is not None else True)
     return {k: np.asarray(v).astype(np.uint8) for k, v in found.items() if v is not None}
 
-# %% ../nbs/73_report.ipynb #9db153a5
 _LAYERS = {'reference': 'reference (filled)', 'prediction': 'prediction (outline)', 'errors': 'errors (red)', 'removed': 'removed (red)'}
 
 def _viewer_html(layers, about, size, width_mm, title, note, classes, names):
@@ -400,7 +398,6 @@ _STYLE += '''
 .legend i{display:inline-block;width:.75em;height:.75em;margin-right:.35em;border-radius:2px}
 '''
 
-# %% ../nbs/73_report.ipynb #d59b569d
 _SCRIPT += '''
 for (const figure of document.querySelectorAll('figure.case')) {
   const about = JSON.parse(figure.dataset.about), stack = figure.querySelector('.stack'), where = figure.querySelector('.where');
@@ -475,36 +472,45 @@ def _what_is(target):
     raise ReportError('there is nothing to report on', file=target, found=_listed(sorted(p.name for p in target.iterdir())),
                       expected='dataset.json (a data set), or plans.json and fold_0 (a model)', fix='give the folder of a data set, of a configuration, or of all configurations of a task')
 
-def _neighbour(folder, kind):
+def _neighbour(folder, kind, name):
     "The folder of the same task in another part of the workspace, or None"
     found = folder.parent.parent/kind/folder.name
-    return found if found.is_dir() else None
+    return found if (found/name).is_file() else None
 
 def _places(target, kind, folders, raw, preprocessed):
-    "Find raw data and preprocessed folder beside the target, unless they were given"
+    "Find raw data and preprocessed folder beside the target, unless they were given; what is found empty is not used"
     here = Path(os.path.abspath(target))
     task = here if kind != 'model' else Path(os.path.abspath(folders[0])).parent
-    raw = Path(raw) if raw else here if kind == 'raw' else _neighbour(task, 'raw')
-    preprocessed = Path(preprocessed) if preprocessed else here if kind == 'preprocessed' else _neighbour(task, 'preprocessed')
     for folder, name in ((raw, 'dataset.json'), (preprocessed, 'plans.json')):
-        if folder and not (folder/name).is_file(): raise ReportError(f'the folder holds no {name}', file=folder)
-    return raw, preprocessed
+        if folder and not (Path(folder)/name).is_file(): raise ReportError(f'the folder holds no {name}', file=folder)
+    raw = Path(raw) if raw else here if kind == 'raw' else _neighbour(task, 'raw', 'dataset.json')
+    return raw, Path(preprocessed) if preprocessed else here if kind == 'preprocessed' else _neighbour(task, 'preprocessed', 'plans.json')
 
 # %% ../nbs/73_report.ipynb #14bd7116
-def _maybe_json(file, missing=None, advice=''):
-    "Read a JSON file; None where there is none, or it is damaged, which is noted"
-    if not file.is_file(): return None
-    try: return read_json(file)
-    except SegnbError as error:
-        if missing is not None: missing.append((f'{file.name} of {file.parent.name} cannot be read', f'{error}'))
+_WRONG = (SegnbError, OSError, KeyError, IndexError, TypeError, ValueError, AttributeError) # what files raise that do not hold what they should
+
+def _tried(missing, what, make, *args):
+    "What `make` gives; None where the files do not allow it, which is noted"
+    try: return make(*args)
+    except _WRONG as error: missing.append((what, str(error) if isinstance(error, SegnbError) else f'{type(error).__name__}: {error}'))
+
+def _maybe_json(file, missing, keys=()):
+    "Read a JSON file; None where there is none, or it is damaged, or lacks a key, which is noted"
+    def read():
+        known = read_json(file)
+        for key in keys: known[key]
+        return known
+    return _tried(missing, f'{file.name} of {file.parent.name} cannot be read', read) if file.is_file() else None
 
 def _history(file, missing):
     "Rows of log.jsonl, as far as they can be read"
     rows = []
     if not file.is_file(): return rows
     for i, line in enumerate(file.read_text(encoding='utf-8', errors='replace').splitlines(), 1):
-        try: rows.append({'epoch': None, 'train_loss': None, 'val_loss': None, 'moving_dice': None, **json.loads(line)})
-        except (ValueError, TypeError): missing.append((f'line {i} of {file.parent.name}/log.jsonl', 'is damaged and was passed over'))
+        try:
+            row = {'train_loss': None, 'val_loss': None, 'moving_dice': None, 'lr': None, **json.loads(line)}
+            rows.append({k: v if v is None else float(v) for k, v in row.items() if k in ('train_loss', 'val_loss', 'moving_dice', 'lr')} | {'epoch': float(row['epoch'])})
+        except (ValueError, TypeError, KeyError): missing.append((f'line {i} of {file.parent.name}/log.jsonl', 'is damaged and was passed over'))
     return rows
 
 def _read_model(folder, missing):
@@ -512,8 +518,9 @@ def _read_model(folder, missing):
     m = SimpleNamespace(name=folder.name, folder=folder, plans=Plans.load(folder/'plans.json'), json=_maybe_json(folder/'dataset.json', missing), folds={})
     for place in _folds(folder):
         k, out = place.name.removeprefix('fold_'), place/'validation'
-        f = m.folds[k] = SimpleNamespace(name=k, folder=place, history=_history(place/'log.jsonl', missing), record=_maybe_json(place/'record.json', missing) or {},
-                                         summary=_maybe_json(out/'summary.json', missing), made_with=_maybe_json(out/'made_with.json', missing))
+        f = m.folds[k] = SimpleNamespace(name=k, folder=place, history=_history(place/'log.jsonl', missing), record=_maybe_json(place/'record.json', missing, ('runs',)) or {},
+                                         summary=_maybe_json(out/'summary.json', missing, ('cases', 'labels')), made_with=_maybe_json(out/'made_with.json', missing, ('checkpoint',)))
+        if f.summary and _tried(missing, f'summary.json of fold {k} holds no scores', lambda: _pooled([f])) is None: f.summary = None
         if not f.history: missing.append((f'training curves of fold {k}', f'no log.jsonl in {place.name}'))
         if f.summary is None: missing.append((f'validation of fold {k} of {m.name}', f'segnb train {folder.parent.name} {k} -c {m.name} --validation-only'))
     m.scores = _pooled(m.folds.values())
@@ -549,18 +556,19 @@ def _nanmean(values):
     return float(values[~np.isnan(values)].mean()) if (~np.isnan(values)).any() else math.nan
 
 # %% ../nbs/73_report.ipynb #c782b6c8
-def _read_data(raw, preprocessed, n_workers, missing, measure):
+def _read_data(raw, preprocessed, n_workers, missing, kind):
     "What is known of the data set: its description, its fingerprint, where its images and label maps are"
     d = SimpleNamespace(raw=None, preprocessed=preprocessed, fingerprint=None, truth=None, cases={}, made_of={})
-    if raw: d.raw = Dataset(raw)
-    d.description = d.raw or (Description(preprocessed) if preprocessed else None)
+    if raw: d.raw = Dataset(raw) if kind == 'raw' else _tried(missing, 'the raw data set cannot be read', Dataset, raw)
+    d.description = d.raw or (_tried(missing, 'the preprocessed folder cannot be read', Description, preprocessed) if preprocessed else None)
+    if d.description is None and kind != 'model': raise ReportError('the data set has no description that can be read', file=preprocessed, found=missing[-1][1])
     if preprocessed:
         if (preprocessed/'gt_segmentations').is_dir(): d.truth = preprocessed/'gt_segmentations'
         for folder in sorted((p for p in preprocessed.iterdir() if p.is_dir() and p.name != 'gt_segmentations'), key=lambda p: p.name != '3d_fullres'):
             for file in folder.glob('*.json'): d.made_of.setdefault(file.stem, (folder, file))
-        if (preprocessed/'fingerprint.json').is_file(): d.fingerprint = Fingerprint.load(preprocessed/'fingerprint.json')
-        elif d.made_of: d.fingerprint = _fingerprint_of(d, missing)
-    if d.fingerprint is None and d.raw and measure: d.fingerprint = extract_fingerprint(d.raw, n_workers=n_workers, histograms=True)
+        if (preprocessed/'fingerprint.json').is_file(): d.fingerprint = _tried(missing, 'the fingerprint cannot be read', Fingerprint.load, preprocessed/'fingerprint.json')
+        if d.fingerprint is None and d.made_of and d.description: d.fingerprint = _fingerprint_of(d, missing)
+    if d.fingerprint is None and d.raw and kind != 'model': d.fingerprint = extract_fingerprint(d.raw, n_workers=n_workers, histograms=True)
     if d.fingerprint is None: missing.append(('the fingerprint', 'give the raw data set (raw=...) or the preprocessed folder (preprocessed=...)'))
     if d.description: d.cases = {c: i for i, c in enumerate(d.description.cases)}
     return d
@@ -687,7 +695,6 @@ def _cases_section(m):
     title = f'From {_num(known[0])} down to {_num(known[-1])}: {"all" if len(rows) > 2 else "the"} {_several(len(rows), "case")}' if len(known) > 1 else _several(len(rows), 'case')
     return _section('cases', title, sortable_table(header, rows, 'Dice of every case; press a title to sort'))
 
-# %% ../nbs/73_report.ipynb #2ca46a70
 def _gallery_section(m, d, missing, slices):
     "The best, the median and the worst case, to look at"
     chosen = choose_cases(m.scores.means)
@@ -705,7 +712,7 @@ def _training_section(m):
     column = lambda f, key: dict(x=[r['epoch'] for r in f.history], y=[r[key] for r in f.history])
     dice = [dict(name=f'fold {f.name}', **column(f, 'moving_dice')) for f in folds]
     loss = [dict(name=name if i == 0 else '', kind=kind, **column(f, key)) for i, f in enumerate(folds) for key, kind, name in (('train_loss', 'quiet', 'training'), ('val_loss', 'main', 'validation'))]
-    rate = [dict(name=f'fold {f.name}' if i == 0 and len(folds) == 1 else '', kind='quiet', **{**column(f, 'epoch'), 'y': [r.get('lr') for r in f.history]}) for i, f in enumerate(folds)]
+    rate = [dict(name=f'fold {f.name}' if i == 0 and len(folds) == 1 else '', kind='quiet', **{**column(f, 'epoch'), 'y': [r['lr'] for r in f.history]}) for i, f in enumerate(folds)]
     last = [(f.history[-1]['train_loss'], f.history[-1]['val_loss']) for f in folds]
     train, val = (_nanmean([_value(v) for v in column]) for column in zip(*last))
     epochs = max(len(f.history) for f in folds)
@@ -715,7 +722,6 @@ def _training_section(m):
             + curves(rate, 'Learning rate over the epochs', title='Learning rate', low=0))
     return _section('training', 'How it learned', f'<div class="plots">{body}</div>', lead)
 
-# %% ../nbs/73_report.ipynb #abfadb34
 def _made_section(m):
     "Who made this model, when, with what"
     folds = [f for f in m.folds.values() if f.record]
@@ -797,6 +803,12 @@ def _plan_section(plans, name=None):
     return _section('plan', f'A patch sees {_seen(shown):.0%} of a median case', f'<div class="nests">{pictures}</div>{table}<div class="explained">{why}</div>',
                     'What was decided, and why. The network sees one patch at a time. Grey: the median case. Coloured: the patch.')
 
+def _missing_section(missing):
+    "What the page would show if it were there"
+    found = list(dict.fromkeys(missing))
+    return _section('missing', 'What is missing', '<ul class="missing">' + ''.join(f'<li><b>{_esc(what)}</b> <span>{_esc(how)}</span></li>' for what, how in found) + '</ul>',
+                    'The page shows what is there. This would add to it:') if found else None
+
 # %% ../nbs/73_report.ipynb #1e5ebbe0
 def _candidates(models, selection, missing):
     "{name: (scores, folder)} of the configurations, and of the ensembles that a selection looked at"
@@ -844,7 +856,7 @@ def _post_section(m, d, missing, slices, n_workers):
     table = sortable_table(['mean Dice', *(title for _, title in ways)], rows, 'What each way of removing pieces does to the mean Dice', digits=4) if rows else ''
     title = 'Only the largest piece is kept' if post.which else 'After the network, nothing is removed'
     return _section('postprocessing', title, f'<div class="beside"><div><ul class="why">{"".join(f"<li>{_esc(line)}</li>" for line in told)}</ul>{table}</div><div>'
-                    + (_removed(m, d, post, missing, slices, n_workers) if post.which else '') + '</div></div>')
+                    + (post.which and _tried(missing, 'what post-processing removes', _removed, m, d, post, missing, slices, n_workers) or '') + '</div></div>')
 
 def _removed_voxels(task):
     "Voxels of a label map that post-processing takes away"
@@ -866,13 +878,6 @@ def _removed(m, d, post, missing, slices, n_workers):
     classes = {int(i): labels.names[int(i)] for i in np.unique(labels.encode(after)) if i}
     return slice_viewer(image, spacing, None, labels.encode(after), removed=before != after, classes=classes, slices=slices, title=f'Loses most: {case}',
                                                        note=f'{n:,} voxels are removed', **look) + said
-
-# %% ../nbs/73_report.ipynb #e3b53407
-def _missing_section(missing):
-    "What the page would show if it were there"
-    found = list(dict.fromkeys(missing))
-    return _section('missing', 'What is missing', '<ul class="missing">' + ''.join(f'<li><b>{_esc(what)}</b> <span>{_esc(how)}</span></li>' for what, how in found) + '</ul>',
-                    'The page shows what is there. This would add to it:') if found else None
 
 # %% ../nbs/73_report.ipynb #35a1dc9e
 def _head(kicker, title, standfirst, figures):
@@ -946,7 +951,6 @@ figure,tr,.nested{break-inside:avoid}.scroll{max-height:none;overflow:visible}th
 @media(prefers-reduced-motion:reduce){html{scroll-behavior:auto}}
 '''
 
-# %% ../nbs/73_report.ipynb #0ed5160f
 _SCRIPT += '''
 addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.dataset.was = d.open; d.open = true; }));
 addEventListener('afterprint', () => document.querySelectorAll('details').forEach(d => { d.open = d.dataset.was === 'true'; }));
@@ -983,8 +987,9 @@ def write_report(
     raw, preprocessed = _places(target, kind, folders, raw, preprocessed)
     out = Path(target if out is None else out)
     if out.suffix.lower() not in ('.html', '.htm'): out = out/'report.html'
+    check_writable(out.parent) # before minutes of reading
     missing = []
-    d = _read_data(raw, preprocessed, n_workers, missing, measure=kind != 'model')
+    d = _read_data(raw, preprocessed, n_workers, missing, kind)
     if kind == 'model': name, head, sections = _model_page(folders, d, title, missing, slices, n_workers)
     else:
         plans = Plans.load(preprocessed/'plans.json') if preprocessed else None
@@ -999,13 +1004,17 @@ def write_report(
 # %% ../nbs/73_report.ipynb #d3fa6b73
 def _model_page(folders, d, title, missing, slices, n_workers):
     "Name, head and sections of a page about a model; of several configurations the chosen or else the best scored is shown in full"
-    models, task_folder = [_read_model(f, missing) for f in folders], _parent(folders[0])
+    task_folder, several = _parent(folders[0]), len(folders) > 1
+    models = [m for f in folders if (m := _tried(missing, f'the configuration {f.name}', _read_model, f, missing) if several else _read_model(f, missing))]
+    if not models: raise ReportError('no configuration can be read', file=task_folder, found=missing[-1][1])
     selection = _selection(task_folder, missing)
     wanted = [m for m in models if selection and m.name in selection.best.configurations] or models
     m = max(wanted, key=lambda m: np.nan_to_num(_overall(m.scores), nan=-1))
     _note_missing(m, models, d, selection, missing)
-    sections = [_result_section(m), _compared_section(models, selection, missing), _gallery_section(m, d, missing, slices), _cases_section(m), _training_section(m),
-                _post_section(m, d, missing, slices, n_workers), _data_section(d, m.plans), _plan_section(m.plans, m.name), _made_section(m)]
+    makers = [('result', _result_section, m), ('comparison', _compared_section, models, selection, missing), ('pictures', _gallery_section, m, d, missing, slices),
+              ('cases', _cases_section, m), ('training', _training_section, m), ('post-processing', _post_section, m, d, missing, slices, n_workers),
+              ('data', _data_section, d, m.plans), ('plan', _plan_section, m.plans, m.name), ('making', _made_section, m)]
+    sections = [_tried(missing, f'the part about the {name} cannot be made', *made) for name, *made in makers]
     return f'{m.plans.dataset_name or task_folder.name}, {m.name}', _model_head(m, d, title), sections
 
 def _parent(folder):
