@@ -80,6 +80,11 @@ def _count(text):
     if not text.isdecimal(): raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
     return int(text)
 
+def _positive(text):
+    "A whole number from 1, for argparse"
+    if not text.isdecimal() or int(text) == 0: raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 1")
+    return int(text)
+
 def _axis(text):
     "An axis by number or by name, for argparse"
     return int(text) if text.isdecimal() else text
@@ -269,8 +274,10 @@ def plan(
     "Check a data set, take its fingerprint and write the plans; raises `SegnbError`"
     from segnb.dataset import Dataset, DatasetError, check_dataset
     from segnb.fingerprint import extract_fingerprint
-    from segnb.planning import plan_experiment
+    from segnb.planning import PLANNERS, Plans, PlansError, plan_experiment
     from segnb.workers import check_writable, write_json
+    if isinstance(planner, str) and planner not in PLANNERS: raise PlansError('there is no such planner', found=planner, expected=', '.join(PLANNERS))
+    if impose: impose = Plans.load(impose)       # a slip in the line shows before the data is read
     raw = find_raw(dataset, Path(workspace))
     data = Dataset(raw)
     out = Path(workspace)/'preprocessed'/raw.resolve().name
@@ -308,11 +315,10 @@ def edit_plan(
     say(f'wrote {out/"plans.json"}; preprocessed cases that no longer fit are refused, not reused')
     return out
 
-def _imposed(file, fingerprint, name):
+def _imposed(plans, fingerprint, name):
     "Plans of another data set for this one, noted under the other's name"
     import re
-    from segnb.planning import Plans, impose_plans
-    plans = Plans.load(file)
+    from segnb.planning import impose_plans
     return impose_plans(plans, fingerprint, 'from_' + re.sub(r'[^A-Za-z0-9_-]', '_', plans.dataset_name or 'elsewhere'), name)
 
 def _change(text):
@@ -639,25 +645,54 @@ def predict(
 )->list:                              # Label map files
     "Segment every case of a folder with a trained model; raises `SegnbError`"
     from segnb.prediction import Predictor
-    from segnb.workers import check_writable, read_json, write_json
+    from segnb.workers import read_json, write_json
     if model is None:
         if dataset is None: raise UsageError('give the model folder with -m, or a data set with -d')
         model = find_model(dataset, Path(workspace), configuration)
+    if Path(source).resolve() == Path(out).resolve(): raise UsageError(f'{out} holds the images: give another folder for the label maps')
     running, rule = {k: options.pop(k) for k in _RUNNING if k in options}, _stored(model, postprocessing, say)
     predictor = Predictor.from_folder(model, folds=folds, **options, **({'postprocess': rule} if rule else {}))
-    before = predictor.configuration.previous_stage
+    described = read_json(Path(model)/'dataset.json')
+    shared, before, first = dict(overwrite=overwrite, progress=progress), predictor.configuration.previous_stage, None
+    if running.get('previous') is not None and not before: raise UsageError(f'{model} is no second stage of a cascade: it takes no label maps of another stage (--previous)')
     if before and running.get('previous') is None:
-        running['previous'] = Path(out)/f'{before}_predictions'
-        say(f'{Path(model).name} needs the label maps of {before}: they are predicted first, into {running["previous"]}')
-        parts = {k: v for k, v in running.items() if k in ('part_id', 'num_parts', 'n_workers')}
-        predict(source, running['previous'], Path(model).parent/before, folds=folds, overwrite=overwrite, progress=progress, say=say, **parts, **options)
-    ending = read_json(Path(model)/'dataset.json').get('file_ending')
-    if running.get('save_probabilities'): write_json(read_json(Path(model)/'dataset.json'), check_writable(out)/'dataset.json') # what the maps are of
-    written = predictor.predict_folder(source, out, ending, overwrite=overwrite, progress=progress, **running)
+        source, running, first = _first_stage(predictor, source, Path(model), out, described.get('file_ending'), running,
+                                              folds=folds, say=say, postprocessing=postprocessing is not False, **shared, **options)
+    try: written = _after(first, predictor.predict_folder, source, out, described.get('file_ending'), **shared, **running)
+    finally:
+        if running.get('save_probabilities') and any(Path(out).glob('*.npz')): write_json(described, Path(out)/'dataset.json') # what the probabilities are of
     say(f'{len(written)} label maps in {out}')
     return written
 
 # %% ../nbs/90_cli.ipynb #b1d0dbb9
+def _first_stage(predictor, source, model, out, ending, running, say, **options):
+    "Predict the stage before into a folder of its own; gives what the second stage takes then, and the error that names the cases that failed"
+    from segnb.prediction import PredictionError, _cases_of
+    folder = Path(out)/f'{predictor.configuration.previous_stage}_predictions'
+    say(f'{model.name} needs the label maps of {predictor.configuration.previous_stage}: they are predicted first, into {folder}')
+    parts = {k: v for k, v in running.items() if k in ('part_id', 'num_parts', 'n_workers')}
+    try: predict(source, folder, model.parent/predictor.configuration.previous_stage, say=say, **parts, **options)
+    except PredictionError as error:
+        if not getattr(error, 'written', None): raise
+        mine = list(_cases_of(source, predictor.plans, ending).items())[parts.get('part_id', 0)::parts.get('num_parts', 1)]
+        rest = {k: v for k, v in running.items() if k not in ('part_id', 'num_parts')}
+        return {case: files for case, files in mine if case not in error.failed}, rest | {'previous': folder}, error
+    return source, running | {'previous': folder}, None
+
+def _after(first, predict_folder, source, out, *how, **options):
+    "Predict a folder; what failed in the stage before is told together with what fails here"
+    from segnb.prediction import PredictionError
+    if first is None: return predict_folder(source, out, *how, **options)
+    failed = dict(first.failed)
+    try: written = predict_folder(source, out, *how, **options)
+    except PredictionError as error:
+        if not getattr(error, 'failed', None): raise
+        written, failed = error.written, failed | error.failed
+    error = PredictionError(f'{len(failed)} cases failed, the {len(written)} others are in {out}:\n  ' + '\n  '.join(failed.values()))
+    error.failed, error.written = failed, tuple(written)
+    raise error
+
+# %% ../nbs/90_cli.ipynb #493d492e
 @_verb('predict', 'Segment every case of a folder.', 'segnb predict -i imagesTs -o predictions -m workspace/models/Task004_Hippocampus/3d_fullres')
 def _predict_arguments(p):
     p.add_argument('-i', '--input', required=True, metavar='FOLDER', help='folder with <case>_0000.nii.gz, ...')
@@ -675,28 +710,30 @@ def _predict_arguments(p):
     add('--overwrite', action='store_true', help='predict again what is already there')
     add('--save-probabilities', action='store_true', help='keep the probabilities, for segnb ensemble')
     add('--maps', nargs='+', choices=['probability', 'entropy', 'margin'], default=(), help='images beside the label maps: probability of each class, entropy, margin between the two likeliest classes')
+    _arguments(p, 'workers')
+    add = p.add_mutually_exclusive_group().add_argument
     add('--postprocessing', metavar='FILE', help='postprocessing.json to apply (default: the one stored with the model)')
     add('--no-postprocessing', action='store_true', help='leave the label maps as the networks say')
     add = p.add_argument_group('sharing the work').add_argument
     add('--part-id', type=_count, default=0, metavar='N', help='which part of the cases this command predicts, from 0 (default: 0)')
-    add('--num-parts', type=_count, default=1, metavar='N', help='in how many parts the cases are divided, for one command a GPU (default: 1)')
-    _arguments(p, 'workers')
+    add('--num-parts', type=_positive, default=1, metavar='N', help='in how many parts the cases are divided, for one command a GPU (default: 1)')
     return _run_predict
 
-# %% ../nbs/90_cli.ipynb #493d492e
+# %% ../nbs/90_cli.ipynb #096c9214
 def _how_arguments(group):
     "Add how the window moves and what computes"
     add = group.add_argument
     add('--mode', default='normal', choices=['normal', 'fast', 'fastest'], help='v1\'s ways to save time (default: normal)')
     add('--step-size', type=float, default=.5, help='step of the window as a fraction of the patch (default: 0.5)')
-    _arguments(group, 'no_mirroring')
-    add('--mirror-axes', nargs='+', type=_axis, default=None, metavar='AXIS', help='mirror along these only: 0 1 2, or names such as left-right (default: those the network was trained with)')
+    exclusive = group.add_mutually_exclusive_group()
+    _arguments(exclusive, 'no_mirroring')
+    exclusive.add_argument('--mirror-axes', nargs='+', type=_axis, default=None, metavar='AXIS', help='mirror along these only: 0 1 2, or names such as left-right (default: those the network was trained with)')
     add('--whole-image', action='store_true', help='run the network once on the whole image, without a window')
-    add('--batch-size', type=_count, default=None, metavar='N', help='tiles and mirrored copies that go through the network together (default: what memory allows)')
+    add('--batch-size', type=_positive, default=None, metavar='N', help='tiles and mirrored copies that go through the network together (default: what memory allows)')
     _arguments(group, 'device', 'precision')
     add('--accumulate', default='auto', choices=['auto', 'device', 'cpu'], help='where probabilities are summed (default: on the device where its memory suffices)')
-    add('--export-order', type=int, default=None, metavar='N', help='spline order of the way back to the original grid (default: 1, or the plan\'s)')
-    add('--export-order-z', type=int, default=None, metavar='N', help='the same along a coarse axis (default: 0, or the plan\'s)')
+    add('--export-order', type=int, default=None, choices=range(4), help='spline order of the way back to the original grid (default: 1, or the plan\'s)')
+    add('--export-order-z', type=int, default=None, choices=range(4), help='the same along a coarse axis (default: 0, or the plan\'s)')
 
 _PREDICTOR_OPTIONS = dict(whole_image=False, batch_size=None, accumulate='auto', mode='normal', export_order=None, export_order_z=None, previous=None, maps=(), save_probabilities=False, part_id=0, num_parts=1)
 
@@ -1070,8 +1107,8 @@ V1 = {
         'nnUNet_def_n_proc': '-j 8', 'nnUNet_n_proc_DA': 'segnb train 4 0 -j 8'}),
     'nnUNet_convert_decathlon_task': ('segnb convert decathlon SOURCE raw', {
         '-i': 'segnb convert decathlon SOURCE raw', '-p': '-j 8', '-output_task_id': 'segnb convert decathlon SOURCE raw/Task104_Name'}),
-    'nnUNet_plan_and_preprocess': ('segnb plan 4', {
-        '-t': 'segnb plan 4', '--task_ids': 'segnb plan 4', '-pl3d': '--planner nnunet_v1_residual', '--planner3d': '--planner nnunet_v1_residual',
+    'nnUNet_plan_and_preprocess': ('segnb plan 4; then segnb preprocess 4', {
+        '-t': 'segnb plan 4; then segnb preprocess 4', '--task_ids': 'segnb plan 4; then segnb preprocess 4', '-pl3d': '--planner nnunet_v1_residual', '--planner3d': '--planner nnunet_v1_residual',
         '-pl2d': 'not needed: one planner plans all configurations; leave one out with segnb preprocess 4 -c 3d_fullres',
         '--planner2d': 'not needed: see -pl2d', '-no_pp': 'segnb plan 4', '-tl': 'segnb preprocess 4 -j 8', '-tf': 'segnb preprocess 4 -j 8',
         '--verify_dataset_integrity': 'not needed: segnb plan always looks; with pictures and repairs: segnb doctor 4',
@@ -1134,7 +1171,7 @@ def v1_form(
     "Say what a command or a flag of nnU-Net v1 is here"
     base, flags = V1[command]
     form = flags[flag] if flag else base
-    return f'{base} {form}' if form.startswith('-') else form
+    return f'{base.split(";")[0]} {form}' if form.startswith('-') else form
 
 def v1_rows(
     command:str, # One of `V1`
@@ -1146,16 +1183,20 @@ def v1_rows(
 
 @_verb('v1', 'Say what a command or flag of nnU-Net v1 is in segnb.', 'segnb v1 predict')
 def _v1_arguments(p):
-    p.add_argument('command', nargs='?', default='', help='part of the name of a v1 command, such as predict (default: all)')
+    p.add_argument('command', nargs='?', default='', help='name of a v1 command or part of it, such as predict (default: all)')
+    p.add_argument('flags', nargs=argparse.REMAINDER, metavar='...', help='flags of it, or the rest of a v1 line: only what these are here')
     return _run_v1
 
 def _run_v1(a):
-    found = [c for c in V1 if a.command.lower() in c.lower()]
+    found = [a.command] if a.command in V1 else [c for c in V1 if a.command.lower() in c.lower()]
+    asked = {flag.split('=')[0] for flag in a.flags if flag.startswith('-')}
     if not found: raise UsageError(f"no command of nnU-Net v1 has '{a.command}' in its name; there are: {', '.join(V1)}")
+    if unknown := asked - {flag for command in found for flag in V1[command][1]}: raise UsageError(f"{', '.join(found)} of nnU-Net v1 has no {', '.join(sorted(unknown))}")
     for command in found:
         (name, line), *rows = v1_rows(command)
         print(f'{name}: {line}')
-        for flags, form in rows: print(f'    {flags:38} {form}')
+        for flags, form in rows:
+            if not asked or asked & set(flags.split(', ')): print(f'    {flags:38} {form}')
 
 # %% ../nbs/90_cli.ipynb #7136e524
 def completion(
