@@ -1,4 +1,4 @@
-"""What the `segnb` command says when data, models or disks are bad: exit status 2, one message that names what, where and what to do, and nothing half-written."""
+"""What the `segnb` command says when data, models or disks are bad: exit status 2 (1 where some cases failed), one message that names what, where and what to do, and nothing half-written."""
 import errno, json, multiprocessing, os, shutil, signal, tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -251,8 +251,8 @@ def test_one_bad_case_does_not_stop_the_others(segnb, ct, tmp_path, fault):
     source = shutil.copytree(ct.raw/'imagesTs', tmp_path/'in')
     spoil, words = BAD_CASE[fault]
     spoil(source/'ct_010_0000.nii.gz')
-    refused(predict(segnb, ct, tmp_path/'out', '--disable-tta', source=source), '1 of 2 cases failed', 'ct_010', *words)
-    assert files(tmp_path/'out') == {'ct_011.nii.gz'}
+    refused(predict(segnb, ct, tmp_path/'out', '--disable-tta', source=source), '1 of 2 cases failed', 'ct_010', *words, status=1)
+    assert files(tmp_path/'out') == {'ct_011.nii.gz', 'made_with.json'}
 
 
 def test_a_prediction_folder_with_a_missing_channel(segnb, mr, tmp_path):
@@ -330,7 +330,7 @@ FULL = {
     'plan': ('pathlib.Path.write_text', set()),
     'preprocess': ('numpy.save', {'gt_segmentations/ct_000.nii.gz'}),
     'train': ('torch.save', {'plans.json', 'dataset.json', 'log.txt', 'log.jsonl', 'record.json', 'progress.png'}),
-    'predict': ('pathlib.Path.write_bytes', set())}
+    'predict': ('pathlib.Path.write_bytes', {'out/made_with.json'})}
 
 @pytest.mark.parametrize('verb', FULL)
 def test_a_disk_that_fills_up_while_writing(segnb, ct, tmp_path, monkeypatch, verb):
@@ -343,5 +343,5 @@ def test_a_disk_that_fills_up_while_writing(segnb, ct, tmp_path, monkeypatch, ve
     monkeypatch.setattr(writer, full)
     said = call(segnb, ct, tmp_path/'w', verb)
     monkeypatch.undo()
-    refused(said, 'No space left on device')
+    refused(said, 'No space left on device', status=1 if verb == 'predict' else 2)
     assert all(new.endswith(tuple(whole)) for new in files(tmp_path/'w') - start) if whole else files(tmp_path/'w') == start

@@ -77,5 +77,5 @@ def test_the_whole_chain(segnb, tmp_path, task, n, fold):
         said = segnb(verb, *args, '-w', w)
         assert said.returncode == 0, said.stderr
     images = sorted((raw/'in').glob('*_0000.nii.gz'))
-    assert files(out) == {f.name.replace('_0000', '') for f in images} and len(images) == 2
+    assert files(out) == {f.name.replace('_0000', '') for f in images} | {'made_with.json'} and len(images) == 2
     for file in images: assert grid(out/file.name.replace('_0000', '')) == grid(file)
