@@ -191,7 +191,7 @@ class _Ring:
                 part = self.total[:, place:place + n]
                 if not torch.isfinite(part.sum() if self.regions else part[0].sum()):
                     raise SlidingWindowError('the network answers with numbers that are not finite', found=f'planes {z} to {z + n - 1}',
-                                             expected='finite logits', fix="predict in single precision (precision='fp32'); if that is so already, the weights are damaged")
+                                             expected='finite logits', fix="look for NaN in the image; else predict in single precision (precision='fp32'); else the weights are damaged")
                 yield z, part.numpy() if self.whole is not None else part.cpu().numpy() if part.device.type != 'cpu' else part.clone().numpy()
                 if self.whole is None: part.zero_()
 
@@ -318,7 +318,8 @@ class _Run:
     def __init__(self, networks, image, patch_size, n_outputs, step_size, mirror_axes, device, precision, sigma_scale, regions,
                  batch_size, accumulate, progress, whole_image):
         if np.ndim(image) != 4: raise SlidingWindowError(f'image of shape {np.shape(image)}: expected (C, Z, Y, X)')
-        if len(patch_size) not in (2, 3): raise SlidingWindowError('a patch has two axes or three', found=tuple(patch_size))
+        if len(patch_size) not in (2, 3) or min(patch_size) < 1: raise SlidingWindowError('a patch has two axes or three, of one voxel or more', found=tuple(patch_size))
+        if not 0 < step_size <= 1: raise SlidingWindowError('step_size cannot be used', found=step_size, expected='above 0, at most 1')
         for name, value, known in (('precision', precision, ('fp32', 'fp16', 'bf16')), ('accumulate', accumulate, ('auto', 'device', 'cpu'))):
             if value not in known: raise SlidingWindowError(f'unknown {name}', found=repr(value), expected=' or '.join(map(repr, known)))
         if batch_size is not None and batch_size < 1: raise SlidingWindowError('batch_size cannot be used', found=batch_size, expected='1 or more')
@@ -400,6 +401,7 @@ def predict_sliding_window(
 )->np.ndarray:              # (K, Z, Y, X) float32, probabilities; or `out`
     "Predict an image of any size patch by patch, averaged with Gaussian weights; raises `SegnbError`"
     run = _Run(network, image, patch_size, n_outputs, step_size, mirror_axes, device, precision, sigma_scale, regions, batch_size, accumulate, progress, whole_image)
+    if out is not None and np.dtype(out.dtype).kind != 'f': raise SlidingWindowError('`out` cannot hold probabilities', found=out.dtype, expected='floats')
     if out is not None and out.shape != (n_outputs, *image.shape[1:]):
         raise SlidingWindowError('`out` has another shape than the probabilities', found=out.shape, expected=(n_outputs, *image.shape[1:]))
     if out is None and run.device.type == 'cpu': # the sums become the answer

@@ -187,3 +187,13 @@ def test_refusals_come_before_the_work(change, words):
         slabs = sliding_window_slabs(**given)
         if 'n_outputs' in change: next(slabs)
     assert words in str(e.value)
+
+@pytest.mark.parametrize('change, words', [(dict(step_size=0), 'step_size cannot be used; found 0'), (dict(step_size=1.5), 'step_size cannot be used'),
+    (dict(patch_size=(0, 4, 4)), 'of one voxel or more'), (dict(out=np.zeros((3, 6, 6, 6), np.uint8)), 'cannot hold probabilities; found uint8')])
+def test_settings_that_cannot_be_meant_are_refused_at_once(change, words):
+    with pytest.raises(SlidingWindowError, match=words): predict_sliding_window(None, np.zeros((1, 6, 6, 6), np.float32), **{'patch_size': (4, 4, 4), 'n_outputs': 3, **change})
+
+def test_a_hole_in_the_image_is_asked_for_first():
+    image = np.zeros((1, 6, 6, 6), np.float32)
+    image[0, 3, 3, 3] = np.nan
+    with pytest.raises(SlidingWindowError, match='not finite.*look for NaN in the image'): predict_sliding_window(network(), image, (4, 4, 4), 3)
