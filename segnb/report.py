@@ -80,14 +80,14 @@ _STYLE = '''
 --text:Charter,"Bitstream Charter","Iowan Old Style","Source Serif 4",Georgia,serif;--ui:system-ui,-apple-system,"Segoe UI",Roboto,"Liberation Sans",sans-serif}
 @media screen and (prefers-color-scheme:dark){:root{--paper:#15171a;--ink:#e9e7e2;--soft:#a6a8ae;--line:#34373c;--faint:#1d2024;--accent:#86b8f2;--band:#86b8f238;--dot:#86b8f2;--shade:#0009}}
 *{box-sizing:border-box}html{scroll-behavior:smooth;-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 var(--text)}
+body{margin:0;background:var(--paper);color:var(--ink);font:17px/1.55 var(--text);overflow-wrap:break-word}
 header,main,footer{max-width:68rem;margin:0 auto;padding:0 1.25rem}header{padding-top:4rem}
 .skip{position:absolute;left:-99rem}.skip:focus{left:1rem;top:.5rem;background:var(--paper);padding:.4rem}
 .kicker{font:600 .8rem/1.3 var(--ui);letter-spacing:.06em;color:var(--accent);margin:0 0 .6rem;overflow-wrap:anywhere}
 h1{font-size:clamp(2rem,6vw,3.4rem);line-height:1.08;margin:0 0 1rem;font-weight:600;letter-spacing:-.015em;text-wrap:balance}
 .standfirst{font-size:1.28rem;line-height:1.45;max-width:42rem;margin:0 0 2rem}
 .tiles{display:flex;flex-wrap:wrap;gap:1rem 2.5rem;margin:0;padding:1.1rem 0;border-top:1px solid var(--line);font-family:var(--ui)}
-.tiles dd{margin:0;font-size:1.45rem;font-variant-numeric:tabular-nums}.tiles dt{font-size:.8rem;color:var(--soft)}.tiles div{display:flex;flex-direction:column}
+.tiles dd{margin:0;font-size:1.45rem;font-variant-numeric:tabular-nums}.tiles dt{font-size:.8rem;color:var(--soft)}.tiles div{display:flex;flex-direction:column;max-width:100%}.tiles dd{max-width:32rem}
 small{font-size:max(.78em,.72rem);color:var(--soft)}
 nav{position:sticky;top:0;z-index:5;background:var(--paper);border-bottom:1px solid var(--line);border-top:1px solid var(--line)}
 nav ul{max-width:68rem;margin:0 auto;padding:.55rem 1.25rem;display:flex;gap:1.3rem;overflow-x:auto;list-style:none;font:.85rem var(--ui);scrollbar-width:none}
@@ -236,7 +236,8 @@ def sortable_table(
     numbers = [all(c[2] for c in column) and not any(c[0].startswith('<') for c in column) for column in zip(*cells)] or [False] * len(header)
     def row(values):
         first, *others = (f'data-v="{_esc(key)}"{" class=n" if n else ""}>{shown}' for (shown, key, _), n in zip(values, numbers))
-        return f'<tr data-c="{_esc(values[0][1])}"><th scope="row" {first}</th>' + ''.join(f'<td {c}</td>' for c in others) + '</tr>'
+        name = _esc(values[0][1])
+        return f'<tr data-c="{name}"><th scope="row" title="{name}" {first}</th>' + ''.join(f'<td {c}</td>' for c in others) + '</tr>'
     head = ''.join(f'<th scope="col" aria-sort="none"{" class=n" if n else ""}><button type="button">{_esc(h)}</button></th>' for h, n in zip(header, numbers))
     return (f'<div class="scroll" tabindex="0" role="region" aria-label="{_esc(caption)}"><table class="sortable"><caption>{_esc(caption)}</caption>'
             f'<thead><tr>{head}</tr></thead><tbody>{"".join(map(row, cells))}</tbody></table></div>')
@@ -250,7 +251,7 @@ _STYLE += '''
 .scroll{background:linear-gradient(270deg,var(--paper) 40%,transparent) 100% 0/3rem 100% no-repeat local,linear-gradient(270deg,var(--shade),transparent) 100% 0/.9rem 100% no-repeat scroll;overflow:auto;max-height:36rem;margin:0 0 1rem;border-top:1px solid var(--line);border-bottom:1px solid var(--line)}
 table{border-collapse:collapse;font:.88rem/1.35 var(--ui);width:100%}caption{text-align:left;font-size:.8rem;color:var(--soft);padding:.5rem .6rem .5rem 0}
 th,td{padding:.38rem 1.6rem .38rem 0;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}.n{text-align:right}td.n{font-variant-numeric:tabular-nums}
-thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}
+thead th{position:sticky;top:0;background:var(--paper);z-index:2}tbody th{position:sticky;left:0;background:var(--paper);font-weight:500}.sortable tbody th{max-width:min(18rem,45vw);overflow:hidden;text-overflow:ellipsis}
 th button{all:unset;cursor:pointer;font-weight:600;padding:.2rem 0}th button:focus-visible{outline:2px solid var(--accent)}th button::after{content:"";color:var(--accent)}
 th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}tr.on td,tr.on th{background:var(--faint)}
 .bar{display:inline-flex;align-items:center;gap:.6rem}.bar::after{content:"";width:calc(var(--v)*6rem);height:.7rem;background:var(--band);border-right:2px solid var(--accent)}
@@ -389,7 +390,7 @@ def _where(about, i):
 
 # %% ../nbs/73_report.ipynb #0faa5ff4
 _STYLE += '''
-.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));column-gap:2rem}.case{max-width:22rem;margin-bottom:1.6rem}.cases>.case{display:grid;grid-row:span 7;grid-template-rows:subgrid}.cases>.case .stack{align-self:end}
+.cases{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,18.5rem),1fr));column-gap:2rem}.case{max-width:22rem;margin-bottom:1.6rem}.cases>.case{display:grid;grid-row:span 7;grid-template:subgrid/minmax(0,1fr)}.legend span{min-width:0}.cases>.case .stack{align-self:end}
 .stack{position:relative;overflow:hidden;background:#000;width:100%}.stack img{position:absolute;left:0;top:0;width:100%;transform:translateY(calc(var(--i)*-100%/var(--n)))}
 .stack img[hidden]{display:none}.mm{position:absolute;left:.5rem;bottom:.5rem;border-bottom:3px solid #fff;color:#fff;font:.72rem var(--ui);text-shadow:0 0 3px #000,0 0 2px #000;white-space:nowrap}
 .slide{display:flex;gap:.6rem;align-items:center;font:.84rem var(--ui);margin:.6rem 0 0;max-width:340px}.slide input{flex:1;accent-color:var(--accent);min-width:0;height:1.8rem}

@@ -291,12 +291,48 @@ def test_a_model_that_left_home(made, tmp_path):
     assert all(f'id="{part}"' in text for part in ('result', 'cases', 'training', 'plan', 'made', 'missing')) and 'raw=' in text
 
 
-@pytest.mark.parametrize('file, content', [('fold_1/log.jsonl', '{"epoch": 0, "train_loss": 1.0}\n{"epo'), ('fold_1/record.json', '{"runs": ['), ('fold_1/validation/summary.json', 'nonsense'), ('postprocessing.json', '[')])
+@pytest.mark.parametrize('file, content', [('fold_1/log.jsonl', '{"epoch": 0, "train_loss": 1.0}\n{"epo'), ('fold_1/record.json', '{"runs": ['), ('fold_1/validation/summary.json', 'nonsense'), ('postprocessing.json', '['),
+                                           ('fold_1/validation/summary.json', '{"a": 1}'), ('fold_1/validation/summary.json', '[1]'), ('fold_1/validation/summary.json', '{"cases": {"x": 3}, "labels": {"1": "a"}}'),
+                                           ('fold_1/record.json', '[1]'), ('fold_1/validation/made_with.json', '[1]'), ('fold_1/log.jsonl', '3\n{}\n{"epoch": 1, "val_loss": "y"}\n{"epoch": 2, "val_loss": NaN}')])
 def test_damaged_files_are_named(made, tmp_path, file, content):
     model = shutil.copytree(made.model, tmp_path/'m')
     (model/file).write_text(content)
     text = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text()
     assert Path(file).name in text.split('id="missing"')[1] and 'id="result"' in text
+
+
+def test_sections_whose_files_hold_something_else_are_left_out_and_said(made, tmp_path):
+    from segnb.postprocessing import Postprocessing
+    model = shutil.copytree(made.model, tmp_path/'m')
+    Postprocessing((1,)).save(model/'postprocessing.json')
+    next(model.glob('fold_*/validation/*.nii.gz')).write_bytes(b'no map')
+    (model/'fold_0'/'record.json').write_text('{"runs": [{}]}')
+    shown, gone = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text().split('id="missing"')
+    assert 'id="postprocessing"' in shown and 'id="training"' in shown and 'id="made"' not in shown
+    assert 'what post-processing removes' in gone and 'the part about the making' in gone
+
+
+@pytest.mark.parametrize('spoil, told', [
+    (lambda w: [f.unlink() for f in w.glob('raw/*/dataset.json')], ''), (lambda w: [f.write_text('{') for f in w.glob('raw/*/dataset.json')], 'the raw data set cannot be read'),
+    (lambda w: [f.unlink() for f in w.glob('preprocessed/*/plans.json')], 'the fingerprint'), (lambda w: [f.write_text('{') for f in w.glob('preprocessed/*/fingerprint.json')], 'the fingerprint cannot be read'),
+    (lambda w: [f.write_text('{}') for f in w.glob('models/*/2d/plans.json')], 'the configuration 2d')])
+def test_spoilt_neighbours_do_not_cost_the_page(made, tmp_path, spoil, told):
+    for part in ('preprocessed', 'models'): shutil.copytree(made.base/part, tmp_path/part)
+    (tmp_path/'raw'/made.data.name).mkdir(parents=True)
+    shutil.copy(made.raw/'dataset.json', tmp_path/'raw'/made.data.name)
+    task = tmp_path/'models'/made.data.name
+    shutil.copytree(task/'3d_fullres', task/'2d')
+    spoil(tmp_path)
+    text = write_report(task, n_workers=0).read_text()
+    assert 'id="result"' in text and told in text.split('id="missing"')[1]
+
+
+def test_more_slices_than_a_picture_can_hold(made, tmp_path):
+    "A JPEG has 65500 rows at most"
+    from segnb.report import slice_viewer
+    for image, slices in ((np.zeros((400, 20, 20)), 400), (np.full((3, 9, 9), np.nan), 0), (np.full((1, 9, 9), 7), 3)):
+        about = json.loads(re.search('data-about="(.*?)"', slice_viewer(image, (1, 1, 1), slices=slices))[1].replace('&quot;', '"'))
+        assert 0 < len(about['slices']) <= min(len(image), 227) and 0 <= about['start'] < len(about['slices'])
 
 
 def test_several_configurations(visit, made, tmp_path):
@@ -323,6 +359,23 @@ def test_names_are_text(visit, made, tmp_path):
     page = visit(write_report(model, tmp_path/'p.html', title='<b>bold</b>', raw=made.raw, preprocessed=made.preprocessed, n_workers=0))
     assert page.locator('h1').inner_text() == '<b>bold</b>' and evil in column(page, 1)
     assert page.locator('img[src=x]').count() == 0
+
+
+@pytest.mark.parametrize('width', [375, 1280])
+def test_long_and_foreign_names_and_many_classes(visit, made, tmp_path, width):
+    model = shutil.copytree(made.model, tmp_path/'m')
+    long = 'unbroken_' * 12 + 'نص_日本語'
+    for file in model.glob('fold_*/validation/summary.json'):
+        summary = json.loads(file.read_text())
+        case = next(iter(summary['cases']))
+        summary['cases'][f'{long} {case} "\\\'</script>'] = summary['cases'].pop(case)
+        for scores in summary['cases'].values(): scores |= {str(i): scores['1'] for i in range(4, 40)}
+        summary['labels'] |= {'1': long, '2': '</style><b>', **{str(i): f'class {i}' for i in range(4, 40)}}
+        file.write_text(json.dumps(summary))
+    page = visit(write_report(model, tmp_path/'p.html', title=long, raw=made.raw, preprocessed=made.preprocessed, n_workers=0), viewport=dict(width=width, height=800))
+    assert page.evaluate('document.documentElement.scrollWidth') <= width and page.locator('#result .row .name').count() == 39
+    page.locator('#cases th button').first.click()
+    assert page.locator('#cases th').first.get_attribute('aria-sort') == 'ascending'
 
 
 def test_refusals(made, tmp_path):
