@@ -22,7 +22,6 @@ from .workers import keyed_rng, parallel_map, write_json
 class MetricsError(SegnbError):
     "Report label maps that cannot be compared"
 
-# %% ../nbs/60_metrics.ipynb #ccbe5db9
 METRICS = dict(
     dice='2 * shared / (reference + prediction), in voxels',
     jaccard='shared / (reference or prediction), in voxels',
@@ -107,7 +106,7 @@ def _counts(values, joint, label):
     n = [int(part.sum()) for part in (joint[mine], joint[:, mine], joint[mine][:, mine], joint)]
     return dict(zip(('n_reference', 'n_prediction', 'n_shared', 'n_voxels'), n))
 
-# %% ../nbs/60_metrics.ipynb #9473c521
+
 def _share(part, whole): return part / whole if whole else math.nan
 
 def _overlap(n_reference, n_prediction, n_shared, **_):
@@ -363,7 +362,7 @@ def _drawn(n_cases, n, seed):
     draws = keyed_rng(seed, 'bootstrap', n_cases).integers(0, n_cases, (n, n_cases)) + np.arange(n)[:, None] * n_cases
     return np.bincount(draws.ravel(), minlength=n * n_cases).reshape(n, n_cases).astype(float)
 
-# %% ../nbs/60_metrics.ipynb #18cf765b
+
 def _intervals(cases, means, foreground):
     "The same means, each with its bootstrap interval"
     def of(metric, labels): return list(bootstrap_interval([[case[label][metric] for label in labels] for case in cases.values()]))
@@ -406,7 +405,7 @@ def _pair_files(
                                 expected=f'the cases of {reference}', fix='add the files, or name the cases to score')
     return [(case, theirs[case], ours[case]) for case in sorted(wanted)]
 
-# %% ../nbs/60_metrics.ipynb #2bd42947
+
 def _score_files(
     task:tuple, # (case, reference file, prediction file, labels, options of `evaluate_case`)
 )->dict:        # As `evaluate_case`
