@@ -390,7 +390,6 @@ def preprocess(
     say(f"{len(data.cases)} cases preprocessed for {', '.join(configurations)} in {out}")
     return out
 
-# %% ../nbs/90_cli.ipynb #7fe20391
 @_verb('preprocess', 'Crop, resample and normalise the training cases.', 'segnb preprocess 4 -w workspace')
 def _preprocess_arguments(p):
     _arguments(p, 'dataset', 'workspace', 'workers')
@@ -598,7 +597,6 @@ def _speed_arguments(group):
     group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', default=None, help='less memory for more time')
     group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
 
-# %% ../nbs/90_cli.ipynb #409b8a6f
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
@@ -688,7 +686,7 @@ def _after(first, predict_folder, source, out, *how, **options):
     except PredictionError as error:
         if not getattr(error, 'failed', None): raise
         written, failed = error.written, failed | error.failed
-    error = PredictionError(f'{len(failed)} cases failed, the {len(written)} others are in {out}:\n  ' + '\n  '.join(failed.values()))
+    error = PredictionError(f'{len(failed)} of {len(failed) + len(written)} cases failed, the others are in {out}:\n  ' + '\n  '.join(failed.values()))
     error.failed, error.written = failed, tuple(written)
     raise error
 
@@ -1181,6 +1179,7 @@ def v1_rows(
     for flag, form in flags.items(): forms.setdefault(form, []).append(flag)
     return [(command, base), *((', '.join(some), form) for form, some in forms.items() if form != base)]
 
+# %% ../nbs/90_cli.ipynb #fd940aee
 @_verb('v1', 'Say what a command or flag of nnU-Net v1 is in segnb.', 'segnb v1 predict')
 def _v1_arguments(p):
     p.add_argument('command', nargs='?', default='', help='name of a v1 command or part of it, such as predict (default: all)')

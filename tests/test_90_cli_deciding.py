@@ -110,6 +110,51 @@ def test_the_first_stage_of_a_cascade_is_predicted_before_the_second(tmp_path, m
     assert asked == [('out', 'there', None, None)]
 
 
+def test_a_failed_case_of_the_first_stage_does_not_stop_the_others_in_the_second(ct, tmp_path, monkeypatch):
+    import segnb.prediction
+    from segnb.planning import Plans
+    images = shutil.copytree(ct.raw/'imagesTs', tmp_path/'in')
+    bad, good = sorted(f.name.removesuffix('_0000.nii.gz') for f in images.iterdir())
+    asked = []
+    class Fake:
+        plans = Plans.load(ct.model/'plans.json')
+        def __init__(self, model): self.configuration = SimpleNamespace(previous_stage='3d_lowres' if 'cascade' in str(model) else None)
+        @classmethod
+        def from_folder(cls, model, **options): return cls(model)
+        def predict_folder(self, source, out, ending, **options):
+            asked.append((list(source) if isinstance(source, dict) else source, options.get('num_parts')))
+            if self.configuration.previous_stage: return [out/f'{case}.nii.gz' for case in source]
+            error = segnb.prediction.PredictionError('1 of 2 cases failed')
+            error.failed, error.written = {bad: f'{bad}: no image'}, (out/f'{good}.nii.gz',)
+            raise error
+    monkeypatch.setattr(segnb.prediction, 'Predictor', Fake)
+    for name in ('3d_cascade_fullres', '3d_lowres'):
+        (tmp_path/'models'/name).mkdir(parents=True)
+        shutil.copy(ct.model/'dataset.json', tmp_path/'models'/name)
+    with pytest.raises(segnb.prediction.PredictionError, match='1 of 2 cases failed') as said:
+        cli.predict(images, tmp_path/'out', tmp_path/'models'/'3d_cascade_fullres', say=lambda text: None, part_id=0, num_parts=1)
+    assert asked == [(images, 1), ([good], None)] and list(said.value.failed) == [bad] and said.value.written == (tmp_path/'out'/f'{good}.nii.gz',)
+
+
+@pytest.mark.parametrize('args, words', [(('--mode', 'fast', '--save-probabilities'), 'forgets probabilities'), (('--previous', '.'), 'no second stage'), (('--batch-size', 0), 'whole number from 1'), (('--export-order', 9), 'choose from 0, 1, 2, 3'),
+                                         (('--no-postprocessing', '--postprocessing', 'x.json'), 'not allowed with'), (('--disable-tta', '--mirror-axes', 1), 'not allowed with')])
+def test_options_of_predict_that_cannot_be_leave_nothing(ct, segnb, capsys, tmp_path, args, words):
+    try: said = predict(segnb, ct, tmp_path/'out', *args)
+    except SystemExit as stop: said = SimpleNamespace(returncode=stop.code, stderr=capsys.readouterr().err)
+    assert said.returncode == 2 and words in said.stderr.replace("'", '') and not files(tmp_path)
+
+
+def test_label_maps_are_not_written_among_the_images(ct, segnb):
+    said = predict(segnb, ct, ct.raw/'imagesTs')
+    assert said.returncode == 2 and 'holds the images' in said.stderr and len(files(ct.raw/'imagesTs')) == 2
+
+
+@pytest.mark.parametrize('args, words', [(('--planner', 'nnunet'), 'no such planner'), (('--overwrite-plans', 'nowhere.json'), 'nowhere.json')])
+def test_a_slip_in_a_line_for_a_plan_shows_before_the_data_is_read(ct, segnb, tmp_path, args, words):
+    said = segnb('plan', ct.raw, '-w', tmp_path/'w', '-j', 0, *args)
+    assert said.returncode == 2 and words in said.stderr and not said.stdout and not (tmp_path/'w').exists()
+
+
 def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path):
     reference, worse = ct.raw/'labelsTr', tmp_path/'worse'
     worse.mkdir()
@@ -209,6 +254,13 @@ def test_each_form_of_the_table_is_a_line_or_a_reason(v1, capsys):
         if said.startswith('segnb '): assert callable(known.parse_args(said.split(';')[0].split()[1:]).run)
         else: assert said.startswith(('not needed', 'not yet')) and len(said) > 20
     assert cli.main(['v1', v1]) == 0 and capsys.readouterr().out.startswith(f'{v1}: ')
+
+
+def test_a_line_of_v1_can_be_pasted(segnb):
+    said = succeeded(segnb('v1', 'nnUNet_train', '3d_fullres', 'nnUNetTrainerV2', '4', '0', '--npz'))
+    assert said.splitlines()[0] == 'nnUNet_train: segnb train 4 0' and 'nnUNet_train_DP' not in said and '--save-probabilities' in said and '--find-lr' not in said
+    wrong = segnb('v1', 'nnUNet_predict', '-i', 'IN', '--foo')
+    assert wrong.returncode == 2 and 'has no --foo' in wrong.stderr
 
 
 @pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
