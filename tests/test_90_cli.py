@@ -40,8 +40,8 @@ def test_wrong_use_exits_with_2_and_says_how(args, capsys):
     assert stop.value.code == 2 and 'usage: segnb' in capsys.readouterr().err
 
 
-def test_an_unknown_data_set_lists_the_known_ones(ct):
-    said = command('preprocess', 'Task999', '-w', ct.workspace)
+def test_an_unknown_data_set_lists_the_known_ones(ct, segnb):
+    said = segnb('preprocess', 'Task999', '-w', ct.workspace)
     assert said.returncode == 2 and 'Task201_TinyCT' in said.stderr and 'segnb plan Task999' in said.stderr
 
 
@@ -51,9 +51,9 @@ def test_the_plan_explains_itself(ct):
 
 
 @pytest.mark.parametrize('name', ['Task201_TinyCT', '201'])
-def test_preprocessing_again_finds_all_done(ct, name):
+def test_preprocessing_again_finds_all_done(ct, segnb, name):
     before = {f: (ct.preprocessed/f).stat().st_mtime_ns for f in files(ct.preprocessed) if f.endswith('.npy')}
-    assert len(before) == 30 and command('preprocess', name, '-w', ct.workspace).returncode == 0
+    assert len(before) == 30 and segnb('preprocess', name, '-w', ct.workspace, '-j', 0).returncode == 0
     assert before == {f: (ct.preprocessed/f).stat().st_mtime_ns for f in before}
 
 
@@ -87,8 +87,8 @@ def test_prediction_leaves_what_is_there_unless_told(ct, segnb, tmp_path):
     assert second.read_bytes() == (ct.predictions/second.name).read_bytes()
 
 
-def test_evaluation_writes_the_table_and_the_numbers(ct, tmp_path):
-    said = command('evaluate', '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-o', tmp_path/'summary.json')
+def test_evaluation_writes_the_table_and_the_numbers(ct, segnb, tmp_path):
+    said = segnb('evaluate', '-q', '-j', 0, '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-o', tmp_path/'summary.json')
     assert said.returncode == 0 and 'foreground mean 1.0000' in said.stdout and 'lesion' in said.stdout
     assert json.loads((tmp_path/'summary.json').read_text())['foreground_mean']['dice'] == 1
     assert files(ct.raw/'labelsTr') == {f'ct_{i:03d}.nii.gz' for i in range(5)}
@@ -111,13 +111,13 @@ segnb.cli.main(sys.argv[2:])
 
 
 @pytest.mark.parametrize('when', ['between the epochs', 'within the second checkpoint'])
-def test_a_killed_training_continues_to_the_same_weights(ct, tmp_path, when):
+def test_a_killed_training_continues_to_the_same_weights(ct, segnb, tmp_path, when):
     shutil.copytree(ct.preprocessed, tmp_path/'preprocessed'/ct.raw.name)
     train = ('train', ct.raw.name, 0, '-w', tmp_path, *QUICK, '-j', 0, '--no-validation')
     assert command(when, *train, program=(sys.executable, '-c', KILLED)).returncode == -signal.SIGKILL
     fold = tmp_path/'models'/ct.raw.name/'3d_fullres'/'fold_0'
     assert not (fold/'checkpoint_final.pt').exists()
-    said = command(*train, '--continue')
+    said = segnb(*train, '--continue')
     assert said.returncode == 0, said.stderr
     mine, straight = (weights(f/'checkpoint_final.pt') for f in (fold, ct.fold))
     assert all(torch.equal(mine[k], straight[k]) for k in straight) and len(mine) == len(straight)
@@ -151,12 +151,13 @@ def test_validation_alone_and_training_twice(ct, segnb, tmp_path):
     assert said.returncode == 2 and 'already holds a training' in said.stderr
 
 
-def test_the_demo_leaves_scores_curves_and_pictures(ct, tmp_path):
+def test_the_demo_leaves_scores_curves_and_pictures(ct, segnb, tmp_path, monkeypatch):
     samples = tmp_path/'samples'/'Task101_PhantomCT'
     shutil.copytree(ct.raw, samples)
     shutil.copytree(ct.predictions, samples/'labelsTs')  # a stand-in for the truth: the demo only scores against it
+    monkeypatch.chdir(tmp_path)
     for run in range(2):  # a demo may be run again
-        said = command('demo', '-o', tmp_path/'demo', '--samples', tmp_path/'samples', '--minutes', .05, '--device', 'cpu', '-q', cwd=tmp_path)
+        said = segnb('demo', '-o', tmp_path/'demo', '--samples', tmp_path/'samples', '--minutes', .02, '--device', 'cpu', '-q')
         assert said.returncode == 0, said.stderr
     cases = [f.name[:-len('.nii.gz')] for f in ct.predictions.glob('*.nii.gz')]
     assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json', 'label_maps/made_with.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
