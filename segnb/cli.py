@@ -838,6 +838,7 @@ def _run_evaluate(a):
         from segnb.metrics import Convention
         options['convention'] = Convention(**dict(a.convention))
     options |= dict(n_workers=a.workers, progress=not a.quiet)
+    if a.picture and not a.compare: raise UsageError('--picture draws what --compare finds: name the other folder with --compare')
     if a.compare: return compare(a.reference, a.prediction, a.compare, a.labels, a.picture, metric=(a.metrics or ['dice'])[0], **options).to_dict()
     if a.metrics: options['metrics'] = 'all' if a.metrics == ['all'] else tuple(a.metrics)
     return evaluate(a.reference, a.prediction, a.labels, a.output, v1_summary=a.v1_summary, **options)

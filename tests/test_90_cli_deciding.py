@@ -173,7 +173,7 @@ def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path
     assert answer['names'] == ['labelsTr', 'worse'] and answer['rows']['foreground']['difference'] < 0 and (tmp_path/'c.png').stat().st_size > 5000
 
 
-@pytest.mark.parametrize('args, words', [(('-l', 'a', 'b'), 'one dataset.json or numbers'), (('--convention', 'absent=x'), 'absent=NUMBER'), (('--metrics', 'dyce'), 'dyce')])
+@pytest.mark.parametrize('args, words', [(('-l', 'a', 'b'), 'one dataset.json or numbers'), (('--convention', 'absent=x'), 'absent=NUMBER'), (('--metrics', 'dyce'), 'dyce'), (('--picture', 'x.png'), '--compare')])
 def test_scores_that_cannot_be_had(ct, segnb, capsys, args, words):
     try: said = segnb('evaluate', '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-q', *args)
     except SystemExit as stop: said = SimpleNamespace(returncode=stop.code, stderr=capsys.readouterr().err)
