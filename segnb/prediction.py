@@ -133,11 +133,15 @@ class Predictor:
 # %% ../nbs/64_prediction.ipynb #093eea1b
 @patch
 def _axes(self:Predictor, mirror):
-    "The axes asked for, names first checked when a case says how it lies"
+    "The axes asked for; which one a name means is settled when a case says how it lies"
     n = self.configuration.dimensions
     if mirror is True: return tuple(range(n))
     wanted = () if mirror is False or mirror is None else (mirror,) if isinstance(mirror, (str, int)) else tuple(mirror)
-    wrong = [a for a in wanted if not isinstance(a, str) and a not in range(n)]
+    known = list(range(n))
+    if any(isinstance(a, str) for a in wanted):
+        from segnb.augmentation import ANATOMICAL
+        known += [name for pair in ANATOMICAL for name in (pair, '-'.join(reversed(pair.split('-'))))]
+    wrong = [a for a in wanted if a not in known]
     if wrong: raise PredictionError('no such axis to mirror', found=wrong, expected=f'0 to {n - 1}, or a name such as left-right')
     return wanted
 
@@ -560,7 +564,7 @@ def predict_folder(self:Predictor,
     failed = self._run(todo, out, made, progress, n_workers, save_probabilities, maps)
     written = [job.target for job in jobs if job.case not in failed]
     if not failed: return written
-    error = PredictionError(f'{len(failed)} of {len(jobs)} cases failed, the others are in {out}:\n  ' + '\n  '.join(failed.values()))
+    error = PredictionError(f'{len(failed)} of {len(jobs)} cases failed' + f', the others are in {out}'*(len(failed) < len(jobs)) + ':\n  ' + '\n  '.join(failed.values()))
     error.failed, error.written = failed, tuple(written)
     raise error
 

@@ -257,7 +257,9 @@ def _folds(t):
 def _check_cases(t):
     "Find the fold's cases and open each one, so that nothing is missing in epoch 700"
     folder = t.preprocessed/t.plan.data_configuration
-    if not folder.is_dir(): raise TrainingError('the configuration is not preprocessed', file=folder, fix=f'preprocess it, or train one of {sorted(p.name for p in t.preprocessed.iterdir() if p.is_dir())}')
+    if not folder.is_dir():
+        there = ', '.join(sorted(p.name for p in t.preprocessed.iterdir() if p.is_dir() and p.name != 'gt_segmentations'))
+        raise TrainingError('the configuration is not preprocessed', file=folder, fix='preprocess it (segnb preprocess)' + f', or train {there}'*bool(there))
     t.cases = load_preprocessed(folder)
     listed = set(Description(t.preprocessed).cases)
     missing = sorted(listed - set(t.cases))

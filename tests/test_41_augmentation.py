@@ -205,6 +205,7 @@ def test_names_of_axes_follow_the_plan():
     assert A.anatomical_axes(axial, dimensions=2) == {'anterior-posterior': 0, 'left-right': 1}
     assert A.anatomical_axes(-axial) == A.anatomical_axes(axial) # a flipped axis keeps its name
     assert A.find_mirror_axes((0, 2), []) == (0, 2)
+    assert A.find_mirror_axes(('posterior-anterior',), [axial]) == A.find_mirror_axes(('anterior-posterior',), [axial])
     with pytest.raises(A.AugmentationError, match='no such axis'): A.find_mirror_axes(('up-down',), [axial])
 
 
