@@ -207,7 +207,7 @@ def test_what_a_callback_cannot_keep_is_refused_at_the_first_save(task, tmp_path
     class Hoarder:
         def on_epoch(self, trainer, row): pass
         def state_dict(self): return {'pages': np.zeros(3)}
-    with pytest.raises(ValueError, match="'callbacks.0 Hoarder.pages' cannot be kept in a checkpoint"): make(task, tmp_path/'m', callbacks=(Hoarder(),)).fit()
+    with pytest.raises(ValueError, match="'callbacks.Hoarder 0.pages' cannot be kept in a checkpoint"): make(task, tmp_path/'m', callbacks=(Hoarder(),)).fit()
     with pytest.raises(ValueError, match='this is no callback'): make(task, tmp_path/'m', callbacks=('TensorBoard',))
 
 
