@@ -7,7 +7,7 @@ __all__ = ['MODES', 'PredictionError', 'PredictionWarning', 'Folds', 'Predictor'
            'Relay', 'case_sentence']
 
 # %% ../nbs/64_prediction.ipynb #727d004d
-import contextlib, glob, hashlib, json, queue, sys, tempfile, warnings, zipfile
+import contextlib, ctypes, glob, hashlib, json, mmap, queue, sys, tempfile, warnings, zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,9 +71,20 @@ class Folds(Sequence):
             raise PredictionError('the checkpoint has changed since the model was loaded', file=self.files[i], fix='load the model again')
         self.loaded = None
         state = torch.load(self.files[i], map_location='cpu', weights_only=True, mmap=True)
-        self.network.load_state_dict(state['network'])
+        weights, mine = state['network'], self.network.state_dict()
+        if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}: self.network.load_state_dict(weights) # which says what differs
+        for name, own in mine.items():
+            own.copy_(weights[name])
+            _give_back(weights[name])
         self.loaded = i
         return self.network
+
+def _give_back(tensor):
+    "Let go of the memory that holds a mapped tensor which has been read; the file still has it"
+    if sys.platform != 'linux': return
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    start, end = -(-storage.data_ptr()//page)*page, (storage.data_ptr() + storage.nbytes())//page*page
+    if end > start: ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
 def _stamp(file):
     "What changes when somebody writes the file again"
