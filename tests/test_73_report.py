@@ -117,7 +117,7 @@ def test_tables_sort(visit, page_file):
 def test_empty_cells_come_last(visit, made, tmp_path):
     model = shutil.copytree(made.model, tmp_path/'m')
     file = model/'fold_0'/'validation'/'summary.json'
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_text(encoding='utf-8'))
     case = next(iter(summary['cases']))
     summary['cases'][case]['1']['dice'] = math.nan
     file.write_text(json.dumps(summary))
@@ -222,7 +222,7 @@ def test_print(visit, page_file, tmp_path):
 
 def test_it_says_the_numbers(visit, made, page_file):
     "Headline and table are the means that anybody can compute from the summaries"
-    folds = [json.loads((made.model/f'fold_{k}'/'validation'/'summary.json').read_text()) for k in range(5)]
+    folds = [json.loads((made.model/f'fold_{k}'/'validation'/'summary.json').read_text(encoding='utf-8')) for k in range(5)]
     cases = {c: s for f in folds for c, s in f['cases'].items()}
     per_class = {k: [s[k]['dice'] for s in cases.values()] for k in '123'}
     page = visit(page_file)
@@ -250,7 +250,7 @@ def test_fifty_cases_stay_under_five_megabytes(made, tmp_path):
     noise, labels = rng.normal(size=(40, 512, 512)).astype(np.float32), np.zeros((40, 512, 512), np.uint8)
     labels[5:35, 100:400, 100:400] = rng.integers(0, 4, (30, 6, 6)).repeat(50, 1).repeat(50, 2)
     viewer = slice_viewer(noise, (2, .7, .7), labels, np.roll(labels, 5, 1))
-    plain = re.sub(r'base64,[^"]*', '', write_report(made.model, tmp_path/'p.html', n_workers=0).read_text())
+    plain = re.sub(r'base64,[^"]*', '', write_report(made.model, tmp_path/'p.html', n_workers=0).read_text(encoding='utf-8'))
     assert 3 * len(viewer) + 50 / 7 * len(plain) < 5e6
 
 
@@ -268,12 +268,12 @@ def test_a_data_set(visit, made, tmp_path):
 def test_a_data_set_alone(made, tmp_path):
     "No workspace around it: the fingerprint is measured, the plan is said to be missing"
     raw = shutil.copytree(made.raw, tmp_path/'Task201_TinyCT')
-    text = write_report(raw, n_workers=0).read_text()
+    text = write_report(raw, n_workers=0).read_text(encoding='utf-8')
     assert 'Foreground of CT' in text and 'segnb plan' in text and (raw/'report.html').exists()
 
 
 def test_a_preprocessed_folder(made, tmp_path):
-    text = write_report(made.preprocessed, tmp_path/'p.html', n_workers=0).read_text()
+    text = write_report(made.preprocessed, tmp_path/'p.html', n_workers=0).read_text(encoding='utf-8')
     assert 'id="plan"' in text and 'id="data"' in text and 'least foreground' in text.lower()
 
 
@@ -282,12 +282,12 @@ def test_a_preprocessed_folder(made, tmp_path):
 def test_whatever_is_there(made, tmp_path, gone, told):
     model = shutil.copytree(made.model, tmp_path/'m')
     for f in list(model.glob(gone)): shutil.rmtree(f) if f.is_dir() else f.unlink()
-    assert told in write_report(model, tmp_path/'p.html', raw=made.raw, preprocessed=made.preprocessed, n_workers=0).read_text()
+    assert told in write_report(model, tmp_path/'p.html', raw=made.raw, preprocessed=made.preprocessed, n_workers=0).read_text(encoding='utf-8')
 
 
 def test_a_model_that_left_home(made, tmp_path):
     "Neither raw nor preprocessed data: scores, curves and plan are shown, pictures are said to be missing"
-    text = write_report(shutil.copytree(made.model, tmp_path/'3d_fullres'), tmp_path/'p.html').read_text()
+    text = write_report(shutil.copytree(made.model, tmp_path/'3d_fullres'), tmp_path/'p.html').read_text(encoding='utf-8')
     assert all(f'id="{part}"' in text for part in ('result', 'cases', 'training', 'plan', 'made', 'missing')) and 'raw=' in text
 
 
@@ -297,7 +297,7 @@ def test_a_model_that_left_home(made, tmp_path):
 def test_damaged_files_are_named(made, tmp_path, file, content):
     model = shutil.copytree(made.model, tmp_path/'m')
     (model/file).write_text(content)
-    text = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text()
+    text = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text(encoding='utf-8')
     assert Path(file).name in text.split('id="missing"')[1] and 'id="result"' in text
 
 
@@ -307,7 +307,7 @@ def test_sections_whose_files_hold_something_else_are_left_out_and_said(made, tm
     Postprocessing((1,)).save(model/'postprocessing.json')
     next(model.glob('fold_*/validation/*.nii.gz')).write_bytes(b'no map')
     (model/'fold_0'/'record.json').write_text('{"runs": [{}]}')
-    shown, gone = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text().split('id="missing"')
+    shown, gone = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text(encoding='utf-8').split('id="missing"')
     assert 'id="postprocessing"' in shown and 'id="training"' in shown and 'id="made"' not in shown
     assert 'what post-processing removes' in gone and 'the part about the making' in gone
 
@@ -323,7 +323,7 @@ def test_spoilt_neighbours_do_not_cost_the_page(made, tmp_path, spoil, told):
     task = tmp_path/'models'/made.data.name
     shutil.copytree(task/'3d_fullres', task/'2d')
     spoil(tmp_path)
-    text = write_report(task, n_workers=0).read_text()
+    text = write_report(task, n_workers=0).read_text(encoding='utf-8')
     assert 'id="result"' in text and told in text.split('id="missing"')[1]
 
 
@@ -351,7 +351,7 @@ def test_names_are_text(visit, made, tmp_path):
     "A case, a class or a title may be called what it likes"
     model = shutil.copytree(made.model, tmp_path/'m')
     file = model/'fold_0'/'validation'/'summary.json'
-    summary = json.loads(file.read_text())
+    summary = json.loads(file.read_text(encoding='utf-8'))
     evil = '"><img src=x onerror=alert(1)>&amp;'
     summary['cases'][evil] = summary['cases'].pop(next(iter(summary['cases'])))
     summary['labels']['1'] = evil
@@ -366,7 +366,7 @@ def test_long_and_foreign_names_and_many_classes(visit, made, tmp_path, width):
     model = shutil.copytree(made.model, tmp_path/'m')
     long = 'unbroken_' * 12 + 'نص_日本語'
     for file in model.glob('fold_*/validation/summary.json'):
-        summary = json.loads(file.read_text())
+        summary = json.loads(file.read_text(encoding='utf-8'))
         case = next(iter(summary['cases']))
         summary['cases'][f'{long} {case} "\\\'</script>'] = summary['cases'].pop(case)
         for scores in summary['cases'].values(): scores |= {str(i): scores['1'] for i in range(4, 40)}
@@ -401,7 +401,7 @@ def test_the_choice_and_what_is_removed(visit, made, tmp_path):
     labels[0, :2, :3] = 1 # a stray piece
     write_label_map(labels, geometry, first)
     decision = consolidate_folds(task/'3d_fullres', made.preprocessed/'gt_segmentations', n_workers=0, progress=False)
-    result = json.loads((task/'3d_fullres'/'cross_validation.json').read_text())
+    result = json.loads((task/'3d_fullres'/'cross_validation.json').read_text(encoding='utf-8'))
     select({'3d_fullres': result}, models=task, folds=range(5), labels={1: 'organ', 2: 'lesion', 3: 'other organ'}).save()
     page = visit(write_report(task, raw=made.raw, preprocessed=made.preprocessed, n_workers=0))
     assert page.locator('#compared h2').inner_text() == '3d_fullres is chosen' and 'segnb predict' in page.locator('#compared pre').text_content()
@@ -413,17 +413,17 @@ def test_the_choice_and_what_is_removed(visit, made, tmp_path):
         shown = stack.evaluate('e => getComputedStyle(e).aspectRatio.split("/").map(Number)')
         assert box['width'] / box['height'] == pytest.approx(shown[0] / shown[1], rel=.02) and stack.evaluate('e => getComputedStyle(e).overflow') == 'hidden'
     for damaged in ('selection.json', '3d_fullres/postprocessing.json'): (task/damaged).write_text('{}')
-    text = write_report(task, tmp_path/'p.html', raw=made.raw, preprocessed=made.preprocessed, n_workers=0).read_text()
+    text = write_report(task, tmp_path/'p.html', raw=made.raw, preprocessed=made.preprocessed, n_workers=0).read_text(encoding='utf-8')
     assert 'id="result"' in text and all(name in text.split('id="missing"')[1] for name in ('selection.json', 'postprocessing.json'))
 
 
 def test_regions_are_what_is_reported(made, tmp_path):
     model = shutil.copytree(made.model, tmp_path/'m')
     for file in model.glob('fold_*/validation/summary.json'):
-        summary = json.loads(file.read_text())
+        summary = json.loads(file.read_text(encoding='utf-8'))
         summary['regions'] = {'cases': {c: {'whole': {'dice': .5}, 'core': {'dice': None}} for c in summary['cases']}, 'mean': {}}
         file.write_text(json.dumps(summary))
-    text = write_report(model, tmp_path/'p.html').read_text()
+    text = write_report(model, tmp_path/'p.html').read_text(encoding='utf-8')
     assert re.findall('<span class="name">(.*?)</span>', text.split('id="cases"')[0]) == ['whole', 'core'] and 'Dice is <b>0.50</b>' in text
 
 
@@ -432,8 +432,8 @@ def test_fold_all_is_no_result(made, tmp_path):
     shutil.copytree(made.model/'fold_0', model/'fold_all')
     shutil.copy(made.model/'plans.json', model)
     file = model/'fold_all'/'validation'/'summary.json'
-    file.write_text(json.dumps(json.loads(file.read_text()) | {'held_back': False}))
-    text = write_report(model, tmp_path/'p.html').read_text()
+    file.write_text(json.dumps(json.loads(file.read_text(encoding='utf-8')) | {'held_back': False}))
+    text = write_report(model, tmp_path/'p.html').read_text(encoding='utf-8')
     assert 'No case has been validated yet' in text and 'id="result"' not in text and 'id="training"' in text
 
 

@@ -26,7 +26,7 @@ def decathlon(ct, tmp_path):
     source = tmp_path/'Task77_Tiny'
     for part in ('imagesTr', 'labelsTr', 'imagesTs'): (source/part).mkdir(parents=True)
     for file in ct.raw.rglob('*.nii.gz'): shutil.copy(file, source/file.parent.name/file.name.replace('_0000', ''))
-    known = json.loads((ct.raw/'dataset.json').read_text())
+    known = json.loads((ct.raw/'dataset.json').read_text(encoding='utf-8'))
     listed = [dict(image=f'./imagesTr/{f.name}', label=f'./labelsTr/{f.name}') for f in sorted((source/'labelsTr').iterdir())]
     (source/'dataset.json').write_text(json.dumps({**known, 'training': listed, 'test': [f'./imagesTs/{f.name}' for f in sorted((source/'imagesTs').iterdir())]}))
     return source
@@ -79,7 +79,7 @@ def test_the_doctor_names_mends_and_takes_back(ct, segnb, tmp_path):
     write_label_map(labels, geometry, file)
     said = segnb('doctor', raw, '--json', tmp_path/'found.json', '--html', tmp_path/'found.html', '--repair', tmp_path/'Task080_Mended', '--map', '9=0', '-q')
     assert said.returncode == 1 and 'ct_001' in said.stdout and 'Traceback' not in said.stderr, said.stderr
-    assert any(f.case == 'ct_001' for f in Report.load(tmp_path/'found.json').findings) and '<img' in (tmp_path/'found.html').read_text()
+    assert any(f.case == 'ct_001' for f in Report.load(tmp_path/'found.json').findings) and '<img' in (tmp_path/'found.html').read_text(encoding='utf-8')
     assert (read_label_map(file)[0] == 9).any()                                    # the source is as it was
     assert not (read_label_map(tmp_path/'Task080_Mended'/'labelsTr'/'ct_001.nii.gz')[0] == 9).any()
     succeeded(segnb('doctor', tmp_path/'Task080_Mended', '-q'))

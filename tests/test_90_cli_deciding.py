@@ -44,7 +44,7 @@ def predict(segnb, ct, out, *more): return segnb('predict', '-i', ct.raw/'images
 def test_options_of_predict_reach_the_network(ct, segnb, tmp_path, args, made):
     said = predict(segnb, ct, tmp_path/'out', *args)
     succeeded(said)
-    noted = json.loads((tmp_path/'out'/'made_with.json').read_text())
+    noted = json.loads((tmp_path/'out'/'made_with.json').read_text(encoding='utf-8'))
     assert {k: noted[k] for k in made} == made and len(maps(tmp_path/'out')) == 2
     assert ('dataset.json' in files(tmp_path/'out')) == ('--save-probabilities' in args) == bool(list((tmp_path/'out').glob('*.npz')))
 
@@ -163,9 +163,9 @@ def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path
         write_label_map(np.roll(labels, 1, 1), geometry, worse/file.name)
     shared = ('-r', reference, '-p', worse, '-q', '-j', 0)
     said = succeeded(segnb('evaluate', *shared, '-o', tmp_path/'all.json', '--metrics', 'all', '--tolerance', 3, '--connectivity', 6, '--convention', 'absent=1', '--v1-summary', tmp_path/'v1.json'))
-    result = json.loads((tmp_path/'all.json').read_text())
+    result = json.loads((tmp_path/'all.json').read_text(encoding='utf-8'))
     assert {'hd95', 'surface_dice', 'lesion_f1'} <= set(result['mean']['1']) and result['settings']['tolerance_mm'] == 3 and result['settings']['absent'] == 1 and 'hd95' in said
-    v1 = json.loads((tmp_path/'v1.json').read_text())
+    v1 = json.loads((tmp_path/'v1.json').read_text(encoding='utf-8'))
     assert abs(v1['results']['mean']['1']['Dice'] - result['mean']['1']['dice']) < 1e-9 and v1['results']['all'][0]['test'].startswith(str(worse))
     one = json.loads(succeeded(segnb('evaluate', *shared, '-o', tmp_path/'one.json', '-l', 1, '--cases', 'ct_001', '--json', '-')))
     assert list(one['cases']) == ['ct_001'] and list(one['labels']) == ['1'] and not (worse/'summary.json').exists()
@@ -184,8 +184,8 @@ def test_the_whole_way_from_folds_to_a_chosen_prediction(pair, segnb, tmp_path):
     "select makes what is missing, and the lines it prints predict with the choice"
     name, where = pair.raw.name, ('-w', pair.workspace, '-f', 0)
     said = segnb('postprocess', 'determine', name, *where, '-q', '-j', 0, '--json', '-')
-    assert json.loads(succeeded(said))['postprocessing'] == json.loads((pair.model/'postprocessing.json').read_text()) and (pair.model/'cross_validation.json').exists()
-    answer = json.loads(succeeded(segnb('select', name, *where, *FEW, '--json', tmp_path/'answer.json')) and (tmp_path/'answer.json').read_text())
+    assert json.loads(succeeded(said))['postprocessing'] == json.loads((pair.model/'postprocessing.json').read_text(encoding='utf-8')) and (pair.model/'cross_validation.json').exists()
+    answer = json.loads(succeeded(segnb('select', name, *where, *FEW, '--json', tmp_path/'answer.json')) and (tmp_path/'answer.json').read_text(encoding='utf-8'))
     assert [c['name'] for c in answer['candidates']] == ['2d', '3d_fullres', '2d+3d_fullres'] and answer['chosen'] in said.stdout + answer['chosen']
     assert list((pair.models/'2d'/'fold_0'/'validation').glob('*.npz')) and (pair.models/'selection.json').exists()
     single = segnb('select', name, *where, *FEW, '--no-ensembling', '--no-postprocessing', '-c', '2d', '3d_fullres')
@@ -212,7 +212,7 @@ def test_the_lines_that_select_prints_can_be_run(pair, segnb, tmp_path):
 
 def test_a_page_of_a_model_and_of_a_data_set(pair, segnb, tmp_path):
     page = json.loads(succeeded(segnb('report', pair.raw.name, '-w', pair.workspace, '-c', '3d_fullres', '-o', tmp_path/'model.html', '--title', 'Mine', '--json', '-')))['report']
-    assert page == str(tmp_path/'model.html') and '<title>Mine' in (tmp_path/'model.html').read_text()
+    assert page == str(tmp_path/'model.html') and '<title>Mine' in (tmp_path/'model.html').read_text(encoding='utf-8')
     succeeded(segnb('report', pair.raw, '-o', tmp_path/'data.html'))
     assert (tmp_path/'data.html').stat().st_size > 10_000
     said = segnb('report', pair.raw.name, '-w', pair.workspace, '-c', '3d_lowres')
@@ -231,18 +231,18 @@ def test_pictures_of_cases(ct, segnb, tmp_path):
 
 def test_answers_for_programs_are_json_and_nothing_else(ct, segnb, tmp_path):
     plan = json.loads(succeeded(segnb('plan', ct.raw, '-w', tmp_path, '--planner', 'cpu', '-j', 0, '--json', '-')))
-    assert plan['plans'] == json.loads((tmp_path/'preprocessed'/ct.raw.name/'plans.json').read_text())
+    assert plan['plans'] == json.loads((tmp_path/'preprocessed'/ct.raw.name/'plans.json').read_text(encoding='utf-8'))
     findings = segnb('doctor', ct.raw, '-q', '-j', 0, '--json', '-')
     assert findings.returncode == 0 and json.loads(findings.stdout)['counts']['error'] == 0 and findings.stderr
     succeeded(segnb('doctor', ct.raw, '-q', '-j', 0, '--json', tmp_path/'findings.json'))
-    assert json.loads((tmp_path/'findings.json').read_text()) == json.loads(findings.stdout)
+    assert json.loads((tmp_path/'findings.json').read_text(encoding='utf-8')) == json.loads(findings.stdout)
     shutil.copytree(ct.workspace, tmp_path, dirs_exist_ok=True)
     answer = json.loads(succeeded(segnb('train', ct.raw.name, 0, '-w', tmp_path, '--validation-only', '--continue', '--device', 'cpu', '-q', '--json', '-')))
-    assert answer['validation']['mean'] == json.loads((ct.fold/'validation'/'summary.json').read_text())['mean'] and answer['model'].endswith('3d_fullres')
+    assert answer['validation']['mean'] == json.loads((ct.fold/'validation'/'summary.json').read_text(encoding='utf-8'))['mean'] and answer['model'].endswith('3d_fullres')
 
 
 def test_the_recorded_flags_of_v1_are_all_in_the_table():
-    known = json.loads((ROOT/'tests'/'recorded'/'90_cli.json').read_text())['flags']
+    known = json.loads((ROOT/'tests'/'recorded'/'90_cli.json').read_text(encoding='utf-8'))['flags']
     assert len(known) == 18 and {c: set(flags) for c, (_, flags) in cli.V1.items() if c != 'variables'} == {c: set(flags) for c, flags in known.items()}
 
 
