@@ -7,13 +7,14 @@ __all__ = ['PLANES', 'MAPS', 'ExportError', 'to_original_grid', 'probabilities_t
            'write_probabilities', 'read_probabilities', 'write_maps', 'export_case']
 
 # %% ../nbs/63_export.ipynb #8ee43844
-import functools, json, mmap, re, sys, tempfile, zipfile, zlib
+import json, mmap, re, sys, tempfile, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import numpy as np
 from .cropping import CropBox, uncrop
 from .image import SegnbError, whole_file, write_image, write_label_map
 from .resampling import apply_along, nearest_index, resample_image, sample_positions, separate_axis, spline_matrix
+from .transforms import _Kernel
 
 # %% ../nbs/63_export.ipynb #71bd4339
 class ExportError(SegnbError):
@@ -112,14 +113,7 @@ def _planes(probabilities, properties, labels=None):
     if z != depth: raise ExportError('slabs are missing', case=case, found=f'{z} planes', expected=depth)
 
 # %% ../nbs/63_export.ipynb #a493380f
-@functools.cache
-def _compiled(kernel):
-    "Translate a loop over voxels to machine code, kept on disk where a folder can be written"
-    import numba
-    try: return numba.njit(cache=True, nogil=True, error_model='numpy')(kernel)
-    except RuntimeError: return numba.njit(nogil=True, error_model='numpy')(kernel)
-
-
+@_Kernel
 def _widen(halves, bits, plane):
     for k in range(halves.shape[0]):
         for y in range(halves.shape[1]):
@@ -138,11 +132,12 @@ def _single(plane):
     "A (K, Y, X) plane in single precision, and whether all of it is finite"
     if plane.dtype == np.float16 and plane.dtype.isnative:
         out = np.empty(plane.shape, np.float32)
-        return out, _compiled(_widen)(plane.view(np.uint16), out.view(np.int32), out)
+        return out, _widen(plane.view(np.uint16), out.view(np.int32), out)
     plane = np.ascontiguousarray(plane, np.float32)
     return plane, bool(np.isfinite(plane.sum()))
 
 # %% ../nbs/63_export.ipynb #4b42ea04
+@_Kernel
 def _turn(plane, turned, ahead, regions, start, stop):
     # rows of a (K, Y, X) plane: classes innermost, and who is ahead; of regions the last above one half, counted from 1
     n, _, width = plane.shape
@@ -163,6 +158,7 @@ def _turn(plane, turned, ahead, regions, start, stop):
                     best[x] = row[x] if better else best[x]
 
 # %% ../nbs/63_export.ipynb #6e003062
+@_Kernel
 def _decide(a, b, ahead_a, ahead_b, t, y_taps, x_taps, table, out, regions, start, stop):
     # rows of a new plane between the planes a and b, (Y, X, K): `t` is the weight of b
     (y0, y1, ty), (x0, x1, tx) = y_taps, x_taps
@@ -215,7 +211,7 @@ class _Decider:
         self.pool = ThreadPoolExecutor(self.threads) if self.threads > 1 else None
 
     def rows(self, kernel, n, *args):
-        kernel = _compiled(kernel)
+        kernel = kernel.fast   # compiled before threads share it
         if self.pool is None: return kernel(*args, 0, n)
         edges = [n*i//self.threads for i in range(self.threads + 1)]
         for job in [self.pool.submit(kernel, *args, a, b) for a, b in zip(edges, edges[1:])]: job.result()

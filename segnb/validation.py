@@ -12,7 +12,6 @@ from pathlib import Path
 from tqdm import tqdm
 from .checkpoints import load_checkpoint
 from .distributed import all_gather, close_world, only_main, start_world, wait_for_all
-from .export import read_probabilities, write_probabilities
 from .image import Geometry, SegnbError, image_ending
 from .metrics import evaluate_folder
 from .prediction import Predictor, Relay, case_sentence

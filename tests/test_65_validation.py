@@ -9,13 +9,13 @@ import torch
 from segnb import export, validation
 from segnb.dataset import Dataset
 from segnb.fingerprint import extract_fingerprint
-from segnb.export import to_original_grid
+from segnb.export import read_probabilities, to_original_grid
 from segnb.image import SegnbError, read_label_map, write_label_map
 from segnb.metrics import evaluate_case
 from segnb.planning import Plans, plan_experiment
 from segnb.preprocessing import preprocess_dataset, preprocess_previous_stage, preprocessing_identity
 from segnb.training import Trainer
-from segnb.validation import ValidationError, read_probabilities, validate_fold
+from segnb.validation import ValidationError, validate_fold
 
 torch.set_num_threads(1)
 SAMPLE = Path(__file__).resolve().parents[1]/'data_samples'/'Task101_PhantomCT'
