@@ -180,7 +180,8 @@ STAGES = (('data', ('image', 'viewer', 'labels', 'workers', 'dataset', 'doctor',
           ('patches', ('transforms', 'loader', 'augmentation', 'batches')),
           ('train', ('optimization', 'distributed', 'checkpoints', 'network', 'loss', 'splits', 'training', 'callbacks', 'probe')),
           ('predict', ('metrics', 'mirroring', 'sliding_window', 'export', 'prediction', 'validation')),
-          ('choose', ('postprocessing', 'ensembling', 'selection', 'report')))
+          ('choose', ('postprocessing', 'ensembling', 'selection', 'report')),
+          ('vary', ('cascade', 'regions', 'custom_network', 'transfer', 'exchange', 'scaling', 'deployment')))
 
 def pipeline_strip(
     topic:str, # Module name of the chapter, for example `cropping`
@@ -188,9 +189,10 @@ def pipeline_strip(
     "Draw the pipeline with the stage of this chapter lit"
     fig, ax = figure(1, 1, 10, 1.35)
     columns = [1 if len(topics) <= 6 else 2 for _, topics in STAGES]
-    left = np.cumsum([0, *(.24 + .76*n for n in columns)])
+    widths = [.92 if n == 2 and max(map(len, topics)) > 13 else .76 for n, (_, topics) in zip(columns, STAGES)]
+    left = np.cumsum([0, *(.24 + n*w for n, w in zip(columns, widths))])
     ax.set(xlim=(0, left[-1]), ylim=(0, 1)); ax.axis('off')
-    for start, end, n, (part, topics) in zip(left, left[1:], columns, STAGES):
+    for start, end, n, w, (part, topics) in zip(left, left[1:], columns, widths, STAGES):
         lit, rows = topic in topics, -(-len(topics)//n)
         ax.add_patch(FancyBboxPatch((start+.05, .03), end - start - .14, .94, boxstyle='round,pad=0,rounding_size=.04',
                                     facecolor='#fff3d6' if lit else '#f4f4f4', edgecolor='#e69f00' if lit else '#c8c8c8', lw=1.6 if lit else .8))
@@ -198,7 +200,7 @@ def pipeline_strip(
         if start: ax.annotate('', (start+.05, .5), (start-.09, .5), arrowprops=dict(arrowstyle='->', color='#777777'))
         for j, name in enumerate(topics):
             here = name == topic
-            ax.text(start+.09 + .76*(j//rows), .72 - .122*(j % rows), name.replace('_', ' '), fontsize=6.5, va='center',
+            ax.text(start+.09 + w*(j//rows), .72 - .122*(j % rows), name.replace('_', ' '), fontsize=6.5, va='center',
                     weight='bold' if here else 'normal', color='#b35c00' if here else '#555555')
     show_fig(fig, f'The pipeline from data to prediction; this chapter is {topic}')
 
