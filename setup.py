@@ -20,6 +20,6 @@ setup(
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path']+'.*']), include_package_data=True, zip_safe=False,
     python_requires='>='+cfg['min_python'],
     install_requires=shlex.split(cfg.get('requirements','')),
-    extras_require=dict(dev=shlex.split(cfg.get('dev_requirements',''))),
+    extras_require={key.removesuffix('_requirements'): shlex.split(value) for key, value in cfg.items() if key.endswith('_requirements')},
     entry_points=dict(console_scripts=shlex.split(cfg.get('console_scripts','')), nbdev=[f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]),
 )
