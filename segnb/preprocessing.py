@@ -6,7 +6,7 @@
 __all__ = ['BASE_BYTES', 'PreprocessingError', 'class_locations', 'region_locations', 'case_spacing', 'preprocess_case',
            'previous_from_probabilities', 'previous_on_grid', 'PreprocessedCase', 'save_preprocessed',
            'load_preprocessed', 'Damage', 'verify_preprocessed', 'preprocessing_identity', 'estimate_case',
-           'preprocess_dataset', 'preprocess_previous_stage']
+           'preprocess_dataset', 'preprocess_previous_stage', 'save_previous']
 
 # %% ../nbs/32_preprocessing.ipynb #bab463c0
 import glob
@@ -144,8 +144,12 @@ def _check_case(data, previous, spacing, plans, identifier):
 def previous_from_probabilities(
     probabilities:np.ndarray, # (K, z, y, x) of the stage before, on its preprocessed grid
     shape:tuple,              # (Z, Y, X) of the preprocessed case, voxels
+    labels=None,              # `Labels` of the data set, needed where it has regions: their order decides; None: plain classes
 )->np.ndarray:                # `shape`, uint8 (int16 beyond 127 classes): the winning class
     "Resample probabilities of the stage before, one class at a time, and take the highest"
+    if labels is not None and labels.regions:
+        fine = np.concatenate([resample_image(np.asarray(p, np.float32)[None], shape, order=1) for p in probabilities])
+        return labels.encode(labels.to_label_map(fine)).astype(np.uint8)
     best, winner = None, np.zeros(shape, np.uint8 if len(probabilities) < 128 else np.int16)
     for k, channel in enumerate(probabilities):
         share = resample_image(np.asarray(channel, np.float32)[None], shape, order=1)[0]
@@ -586,16 +590,26 @@ def _prediction_of(folder, case):
 
 def _previous_one(case, folder, files, spacing, labels):
     # store the map of one case; False if it was there already
-    file = files[case]
+    file, one = files[case], PreprocessedCase(folder, case)
     source = [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-    with _held(_case_lock(folder.parent, case)):
-        one = PreprocessedCase(folder, case)
-        properties, name = dict(one.properties), f'{case}_previous.npy'
-        if properties.get('previous_source') == source and not _damages(one, contents=False): return False
-        new = _from_file(file, case, properties, spacing, labels)
-        properties['files'] = {**properties['files'], name: _store(new, folder/name)}
-        write_json({**properties, 'previous_source': source}, folder/f'{case}.json')
+    if one.properties.get('previous_source') == source and not _damages(one, contents=False): return False
+    save_previous(one, _from_file(file, case, one.properties, spacing, labels), source)
     return True
+
+
+def save_previous(
+    case,                 # `PreprocessedCase`
+    label_map:np.ndarray, # (Z, Y, X) of the stage before on its voxels, class indices
+    source,               # What it was made from, as JSON has it: kept in the properties as 'previous_source'
+):
+    "Store the label map of the stage before as `<case>_previous.npy`; the description of the case, written last, names its source"
+    with _held(_case_lock(case.folder.parent, case.case)):
+        properties, name = dict(PreprocessedCase(case.folder, case.case).properties), f'{case.case}_previous.npy'
+        if label_map.shape != tuple(properties['shape_after_resampling']):
+            raise PreprocessingError('the label map of the stage before does not fit the case', case=case.case, file=case.folder,
+                                     found=f'shape {label_map.shape}', expected=tuple(properties['shape_after_resampling']))
+        properties['files'] = {**properties['files'], name: _store(label_map, case.folder/name)}
+        write_json({**properties, 'previous_source': source}, case.folder/f'{case.case}.json')
 
 
 def _from_file(file, case, properties, spacing, labels):
@@ -607,7 +621,7 @@ def _from_file(file, case, properties, spacing, labels):
         forward = list(properties['transpose_forward'])
         cut, old = (np.asarray(properties[key])[forward] for key in ('shape_after_crop', 'spacing'))
         expected = (labels.n_outputs, *resampled_shape(cut, old, spacing))
-        make = partial(_decide, array, shape, labels)
+        make = partial(previous_from_probabilities, array, shape, labels)
     else:
         array, _ = read_label_map(file)
         expected = tuple(properties['shape'])
@@ -616,10 +630,3 @@ def _from_file(file, case, properties, spacing, labels):
                                                          found=f'shape {array.shape}', expected=f'{expected}',
                                                          fix='predict this case again')
     return make()
-
-
-def _decide(probabilities, shape, labels):
-    # one class a voxel: the highest, or for regions what their order says
-    if not labels.regions: return previous_from_probabilities(probabilities, shape)
-    fine = np.concatenate([resample_image(np.asarray(p, np.float32)[None], shape, order=1) for p in probabilities])
-    return labels.encode(labels.to_label_map(fine)).astype(np.uint8)
