@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['NORMS', 'ACTIVATIONS', 'NetworkError', 'InstanceNorm', 'ConvBlock', 'features_per_level', 'UNet', 'initialize',
            'build_unet', 'count_parameters', 'network_diagram', 'ResidualBlock', 'ResidualUNet', 'build_residual_unet',
-           'build_network', 'v1_key_map', 'v1_residual_key_map']
+           'build_network', 'v1_key_map', 'v1_residual_key_map', 'find_factory', 'network_origin', 'NetworkWarning',
+           'network_from_origin', 'make_network']
 
 # %% ../nbs/50_network.ipynb #23bd8506
+import functools, hashlib, importlib.metadata, importlib.util, inspect, sys, warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -412,3 +415,182 @@ def v1_residual_key_map(
         heads |= {f'decoder.tus.{u}.weight': f'up.{level}.weight', **{f'{head}.{t}': f'heads.{level}.{t}' for t in _AFFINE}}
     tensors = {f'{conv}.weight': f'{new}.conv.weight' for conv, _, new in units}
     return heads | tensors | {f'{old}.{t}': f'{new}.norm.{t}' for _, old, new in units for t in _NORM_TENSORS[norm]}
+
+# %% ../nbs/50_network.ipynb #d8bcb454
+_FROM_FILE = 'segnb_network_' # modules made of files are named so
+
+def _load_file(file):
+    "Run a Python file as a module, once as long as it stays the same; meanwhile its neighbours can be imported"
+    file, text = Path(file).resolve(), Path(file).read_bytes()
+    name = _FROM_FILE + hashlib.sha256(str(file).encode() + text).hexdigest()[:12]
+    if name in sys.modules: return sys.modules[name]
+    module = sys.modules[name] = importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, file))
+    module._segnb_source = text.decode('utf-8', 'replace') # what was run, whatever becomes of the file
+    sys.path.insert(0, str(file.parent))
+    try: exec(compile(text, str(file), 'exec'), module.__dict__)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally: sys.path.remove(str(file.parent))
+    return module
+
+# %% ../nbs/50_network.ipynb #7ad810b3
+def find_factory(
+    name:str, # 'package.module:function' or 'path/file.py:function'
+):            # The function
+    "Find the function that a text names; a file is run for it; raises `NetworkError`"
+    where, _, inner = str(name).rpartition(':')
+    if not where or not inner:
+        raise NetworkError('this does not name a network', found=repr(name), expected="'package.module:function' or 'path/file.py:function'")
+    in_file = where.endswith('.py')
+    if in_file and not Path(where).is_file(): raise NetworkError('the file of the network is not there', file=where, found=f'looked in {Path.cwd()}')
+    try: module = _load_file(where) if in_file else importlib.import_module(where)
+    except Exception as error:
+        fix = 'repair it' if in_file else f"install it, or name its file: '{where.replace('.', '/')}.py:{inner}'"
+        raise NetworkError(f"the network's {'file cannot be run' if in_file else 'module cannot be imported'}", file=where, found=f'{type(error).__name__}: {error}', fix=fix) from error
+    try: factory = functools.reduce(getattr, inner.split('.'), module)
+    except AttributeError:
+        there = [k for k, v in vars(module).items() if callable(v) and getattr(v, '__module__', None) == module.__name__ and k[0] != '_']
+        raise NetworkError(f'{where} has no {inner}', expected=', '.join(there[:10]) or 'a function') from None
+    if not callable(factory): raise NetworkError(f'{name} is no function', found=f'a {type(factory).__name__}', expected='a function (configuration, in_channels, n_outputs, deep_supervision)')
+    return factory
+
+# %% ../nbs/50_network.ipynb #3278903f
+def _bare(factory, options=None):
+    "A factory without what `functools.partial` has fixed, and that"
+    options = dict(options or {})
+    while isinstance(factory, functools.partial) and not factory.args: factory, options = factory.func, {**factory.keywords, **options}
+    return factory, options
+
+def _source(factory, module):
+    "The text that a factory is made of: its whole file, or itself where there is none"
+    if hasattr(module, '_segnb_source'): return module._segnb_source
+    try: return inspect.getsource(factory if module is None or module.__name__ == '__main__' else module)
+    except (OSError, TypeError): return None
+
+def _digest(text): return None if text is None else hashlib.sha256(text.encode()).hexdigest()[:16]
+
+def _plain(value):
+    "An option as JSON has it; raises TypeError for one that cannot be kept"
+    if isinstance(value, np.generic): value = value.item()
+    if value is None or isinstance(value, (bool, int, float, str)): return value
+    if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
+    if isinstance(value, dict) and all(isinstance(k, str) for k in value): return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, type) and issubclass(value, nn.Module) and getattr(nn, value.__name__, None) is value: return {'torch.nn': value.__name__}
+    raise TypeError(f'{value!r} cannot be kept')
+
+def _lively(value):
+    "The option that `_plain` made this of"
+    if isinstance(value, list): return [_lively(v) for v in value]
+    if not isinstance(value, dict): return value
+    if set(value) != {'torch.nn'}: return {k: _lively(v) for k, v in value.items()}
+    kind = getattr(nn, str(value['torch.nn']), None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)): raise NetworkError('torch.nn has no such module', found=value['torch.nn'])
+    return kind
+
+# %% ../nbs/50_network.ipynb #29ca8dfd
+def network_origin(
+    factory,           # Builds networks; perhaps a `functools.partial`, whose keywords are kept as options
+    options:dict=None, # Further keywords it is called with
+)->dict:               # 'kind' (segnb, module, file, session), 'name', 'file', 'digest', 'source', 'package', 'options', 'lost'
+    "Say where a network comes from, in plain values that a checkpoint can keep"
+    factory, options = _bare(factory, options)
+    name, inner = getattr(factory, '__module__', None), getattr(factory, '__qualname__', '')
+    module = sys.modules.get(name)
+    try: named = functools.reduce(getattr, inner.split('.'), module) is factory
+    except AttributeError: named = False
+    kind = 'session' if not named or name == '__main__' else 'segnb' if name.startswith('segnb.') else 'file' if name.startswith(_FROM_FILE) else 'module'
+    file = getattr(module, '__file__', None)
+    source = None if kind == 'segnb' else _source(factory, module if named else None)
+    try: package = f"{name.split('.')[0]} {importlib.metadata.version(name.split('.')[0])}" if kind == 'module' else None
+    except importlib.metadata.PackageNotFoundError: package = None
+    kept, lost = {}, []
+    for key, value in options.items():
+        try: kept[key] = _plain(value)
+        except TypeError: lost.append(key)
+    return {'kind': kind, 'name': f"{file if kind == 'file' else name}:{inner or type(factory).__name__}", 'file': None if kind == 'segnb' or file is None else str(Path(file).resolve()),
+            'digest': _digest(source), 'source': source if source and len(source) < 200_000 else None, 'package': package, 'options': kept, 'lost': lost}
+
+# %% ../nbs/50_network.ipynb #e17a7fa3
+class NetworkWarning(UserWarning):
+    "Say that a network is not built by what it was trained with"
+
+def _refusal(origin, why):
+    "The error for a network that cannot be built again; it carries the origin"
+    kept = ('its source text is kept beside the weights: `segnb.custom_network.stored_source(model)` gives it, read it before you run it; then ' if origin.get('source') else '')
+    lost = f" (with {', '.join(origin['lost'])})" if origin.get('lost') else ''
+    error = NetworkError(f'the network of this model cannot be built again: {why}', found=f"trained with {origin.get('name')}" + (f" of {origin['package']}" if origin.get('package') else ''),
+                         expected=f"its factory{lost}", fix=kept + "hand the factory in: network=..., or --network package.module:function, --network path/file.py:function")
+    error.origin = origin
+    return error
+
+def _within(file, folder): return folder is not None and file is not None and Path(folder).resolve() in Path(file).resolve().parents
+
+def _look_up(origin, folder):
+    "The factory that an origin names, if it may be used without being asked for; else the refusal"
+    kind, (where, _, inner), file = origin.get('kind'), str(origin.get('name')).rpartition(':'), origin.get('file')
+    if kind == 'segnb':
+        if not (where.startswith('segnb.') and inner.startswith('build_')): raise _refusal(origin, 'the name is not that of a factory of segnb')
+        return find_factory(f'{where}:{inner}')
+    if origin.get('foreign'): raise _refusal(origin, 'the model came from elsewhere, and code that is not part of segnb runs only at your word')
+    if kind == 'session':
+        found = getattr(sys.modules['__main__'], inner, None) if where == '__main__' else None
+        if callable(found) and network_origin(found)['digest'] == origin.get('digest'): return found
+        raise _refusal(origin, 'its factory was made inside a session or another function, where nothing else can find it')
+    if kind == 'module' and where.split('.')[0] in sys.stdlib_module_names: raise _refusal(origin, f'{where} is a part of Python')
+    looked = []
+    for name, place in ((f'{where}:{inner}', _place_of(where) if kind == 'module' else file), *([(f'{file}:{inner}', file)] if kind == 'module' and file and '.' not in where else [])):
+        if _within(place, folder): raise _refusal(origin, f'{place} came with the model, and such code runs only at your word')
+        try: return find_factory(name)
+        except NetworkError as error: looked.append(str(error))
+    raise _refusal(origin, '; '.join(looked))
+
+def _place_of(module):
+    "The file in which the first part of a module's name would be found"
+    try: return getattr(importlib.util.find_spec(module.split('.')[0]), 'origin', None)
+    except (ImportError, ValueError): return None
+
+# %% ../nbs/50_network.ipynb #39787eef
+def network_from_origin(
+    origin:dict,  # As `network_origin` gives it; None: the model was trained with `build_network`
+    factory=None, # The factory, or its name, if it is at hand: it is used in place of what the origin names
+    folder=None,  # Where the model lies: code from there is not run
+):                # A factory with its options
+    "Find the factory of a trained network again; raises `NetworkError`, and warns where it has changed"
+    if origin is None: return find_factory(factory) if isinstance(factory, str) else factory or build_network
+    asked = factory is not None
+    if asked: factory = find_factory(factory) if isinstance(factory, str) else factory
+    else:
+        if origin.get('lost'): raise _refusal(origin, f"of its options, {', '.join(origin['lost'])} could not be kept")
+        factory = _look_up(origin, folder)
+    now, (bare, own) = network_origin(factory), _bare(factory)
+    same = now['digest'] == origin.get('digest') if now['digest'] and origin.get('digest') else now['name'] == origin.get('name')
+    if not same:
+        warnings.warn(f"the network was trained with {origin.get('name')} ({origin.get('digest')}) and is built with {now['name']} ({now['digest']})"
+                      + ('' if asked else ': the source has changed since'), NetworkWarning, stacklevel=3)
+    taken = inspect.signature(bare).parameters.values()
+    known = {p.name for p in taken} if not any(p.kind is p.VAR_KEYWORD for p in taken) else None
+    options = {k: _lively(v) for k, v in (origin.get('options') or {}).items() if not asked or known is None or k in known} | own
+    return functools.partial(bare, **options) if options else bare
+
+# %% ../nbs/50_network.ipynb #ff4f6fad
+def make_network(
+    factory,                    # Called as factory(configuration, in_channels, n_outputs, deep_supervision=..., **options)
+    configuration,              # Object with the plan's network keys
+    in_channels:int,            # Channels of the image
+    n_outputs:int,              # Background and foreground classes, or regions
+    deep_supervision:bool=True, # Asked for; a factory that does not know the word is called without it
+    **options,                  # Further keywords
+)->nn.Module:
+    "Call a factory; raises `NetworkError` where it fails or gives no module"
+    try: taken = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError): taken = ()
+    if not taken or any(p.name == 'deep_supervision' or p.kind is p.VAR_KEYWORD for p in taken): options['deep_supervision'] = deep_supervision
+    called = getattr(_bare(factory)[0], '__qualname__', type(factory).__name__)
+    try: network = factory(configuration, in_channels, n_outputs, **options)
+    except (SegnbError, torch.OutOfMemoryError, MemoryError): raise
+    except Exception as error:
+        raise NetworkError(f'{called} cannot build the network', found=f'{type(error).__name__}: {error}',
+                           expected='a function (configuration, in_channels, n_outputs, deep_supervision)' + (f", called with {', '.join(options)}" if options else '')) from error
+    if not isinstance(network, nn.Module): raise NetworkError(f'{called} does not give a network', found=f'a {type(network).__name__}', expected='a torch.nn.Module')
+    return network
