@@ -374,7 +374,7 @@ def _state(t):
 def _settings(t):
     "The settings as JSON has them; functions by their names"
     found = {name: getattr(t, name) for name in SETTINGS} | {'optimizer': t.optimizer_name, 'device': str(t.torch_device), 'processes': t.world.size}
-    return {k: v if v is None or isinstance(v, (bool, int, float, str)) else list(v) if isinstance(v, tuple) else getattr(v, '__name__', type(v).__name__) for k, v in found.items()}
+    return {k: v if v is None or isinstance(v, (bool, int, float, str)) else list(v) if isinstance(v, (tuple, list)) else getattr(v, '__name__', type(v).__name__) for k, v in found.items()}
 
 def _restore(t, state):
     "Put a checkpoint's state back; the names of callbacks that start anew"
