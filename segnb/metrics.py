@@ -545,9 +545,9 @@ class Comparison:
     "Hold how two sets of predictions of the same cases differ in one metric"
     names:tuple   # (what the first is called, the second)
     metric:str    # One of `METRICS`
-    labels:dict   # {label: name}
-    values:dict   # {case: {label, or 'foreground': (score of the first, of the second)}}
-    rows:dict     # {label, or 'foreground' where there are several: {'first', 'second', 'difference', 'interval', 'n', 'higher', 'lower', 'p_sign', 'p_wilcoxon'}}
+    labels:dict   # {label: name}, and {region: region} where there are regions
+    values:dict   # {case: {label, region, or 'foreground': (score of the first, of the second)}}
+    rows:dict     # {label, region, or 'foreground' where there are several labels: {'first', 'second', 'difference', 'interval', 'n', 'higher', 'lower', 'p_sign', 'p_wilcoxon'}}
 
     def to_dict(self)->dict: # Ready for JSON
         "Give everything, and what the numbers mean"
@@ -615,24 +615,29 @@ def compare_results(
 )->Comparison:
     "Compare two evaluations case by case; raises `MetricsError` where they do not belong together"
     matter = ('not_scored', *(['tolerance_mm'] if metric == 'surface_dice' else ['connectivity', 'min_overlap'] if metric in _LESION else []))
-    for what, of in (('cases', lambda r: sorted(r['cases'])), ('labels', lambda r: sorted(map(str, r['labels']))), ('convention', lambda r: r['convention']),
+    for what, of in (('cases', lambda r: sorted(r['cases'])), ('labels', lambda r: sorted(map(str, r['labels']))), ('regions', _region_names), ('convention', lambda r: r['convention']),
                      ('settings', lambda r: {k: r.get('settings', {}).get(k) for k in matter})):
         if of(first) != of(second):
             raise MetricsError(f'the two evaluations differ in their {what}', found=of(second), expected=of(first), fix='evaluate both alike')
-    labels = {int(k): name for k, name in first['labels'].items()}
+    labels, regions = {int(k): name for k, name in first['labels'].items()}, _region_names(first)
     def score(result, case, k): # keys read from JSON are text
-        scores = result['cases'][case]
+        scores = result['regions']['cases'][case] if k in regions else result['cases'][case]
         x = (scores[k] if k in scores else scores[str(k)]).get(metric, None)
         if x is None: raise MetricsError('this was not measured', case=case, found=metric, fix=f'evaluate with metrics=({metric!r},)')
         return float(x)
-    values = {case: {k: (score(first, case, k), score(second, case, k)) for k in labels} for case in first['cases']}
+    values = {case: {k: (score(first, case, k), score(second, case, k)) for k in (*labels, *regions)} for case in first['cases']}
     table = np.array([[values[case][k] for k in labels] for case in values]) # (cases, labels, 2)
-    rows = {k: _paired(*table[:, i].T) for i, k in enumerate(labels)}
+    rows = {k: _paired(*np.array([values[case][k] for case in values]).T) for k in (*labels, *regions)}
     if len(labels) > 1: # the mean over the labels that both have a score for
         table[np.isnan(table).any(-1)] = math.nan
         values = {case: scores | {'foreground': tuple(_nanmean(pairs[:, i].tolist()) for i in (0, 1))} for (case, scores), pairs in zip(values.items(), table)}
         rows['foreground'] = _paired(*np.array([scores['foreground'] for scores in values.values()]).T)
-    return Comparison(tuple(names), metric, labels, values, rows)
+    return Comparison(tuple(names), metric, labels | {r: r for r in regions}, values, rows)
+
+
+def _region_names(result):
+    "The regions that an evaluation scored, sorted"
+    return sorted(next(iter((result.get('regions') or {}).get('cases', {}).values()), ()))
 
 # %% ../nbs/60_metrics.ipynb #c2d05138
 def compare_folders(
