@@ -23,11 +23,12 @@ def make_optimizer(
     lr:float=0.01,           # Learning rate of the first epoch
     momentum:float=0.99,     # Nesterov momentum, 0 up to 1; of 'sgd' only
     weight_decay:float=3e-5, # On every parameter, biases and norms too
-    name='sgd',              # 'sgd', 'adam', 'adamw', or a function (parameter groups, lr=...) -> optimiser
+    name='sgd',              # 'sgd', 'adam', 'adamw', or a function (parameter groups, lr=...) -> optimiser; 'sgd encoder=.1' names groups, too
     groups:dict=None,        # {pattern of parameter names: factor of the rate, or dict(lr_factor=..., weight_decay=...)}
 )->torch.optim.Optimizer:
     "Make nnU-Net's optimiser, or another; raises `TrainingError` for an unknown name or pattern"
-    parts = _parameter_groups(network, groups or {}, lr)
+    name, said = _said_groups(name)
+    parts = _parameter_groups(network, said | (groups or {}), lr)
     if callable(name): return name(parts, lr=lr)
     if name not in ('sgd', 'adam', 'adamw'):
         raise TrainingError('unknown optimizer', found=repr(name), expected='sgd, adam, adamw, or a function (parameters, lr=...)')
@@ -39,6 +40,13 @@ def make_optimizer(
     return optimizer
 
 # %% ../nbs/45_optimization.ipynb #b67ebdda
+def _said_groups(name):
+    "Take 'sgd encoder=.1 heads=2' apart: the optimiser, and a factor of the rate for each pattern"
+    if not isinstance(name, str) or '=' not in name: return name, {}
+    kind, *said = name.split()
+    try: return kind, {pattern: float(factor) for pattern, factor in (text.split('=') for text in said)}
+    except ValueError: raise TrainingError('the groups cannot be read', found=repr(name), expected="such as 'sgd encoder=.1 heads=2'") from None
+
 def _parameter_groups(network, groups, lr):
     "Sort parameters into groups by the first pattern that fits their name; the rest comes first"
     named, parts = dict(network.named_parameters()), []
