@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NORMS', 'ACTIVATIONS', 'NetworkError', 'InstanceNorm', 'ConvBlock', 'features_per_level', 'UNet', 'initialize',
            'build_unet', 'count_parameters', 'network_diagram', 'ResidualBlock', 'ResidualUNet', 'build_residual_unet',
-           'build_network', 'v1_key_map', 'v1_residual_key_map', 'find_factory', 'network_origin', 'NetworkWarning',
-           'network_from_origin', 'make_network']
+           'build_network', 'PooledBlock', 'UNetV2', 'ResidualUNetV2', 'v1_key_map', 'v1_residual_key_map',
+           'v2_key_map', 'find_factory', 'network_origin', 'NetworkWarning', 'network_from_origin', 'make_network',
+           'list_outputs', 'output_shapes']
 
 # %% ../nbs/50_network.ipynb #23bd8506
 import functools, hashlib, importlib.metadata, importlib.util, inspect, sys, warnings
@@ -139,7 +140,7 @@ def _stage(unit, channels, n, kernel, count, stride=1, dropout=0., **options):
 class UNet(nn.Module):
     "Encode, decode, and answer at every level of resolution but the lowest"
     encoder_unit = decoder_unit = ConvBlock
-    stem, bias, kernel_below = False, True, True # a first unit by itself; biases; the decoder has the kernel of the level below
+    stem, bias, kernel_below, biased_up = None, True, True, False # kernel of a first unit by itself; biases; the decoder has the kernel of the level below
 
     def __init__(self,
         configuration,              # Object with the plan's network keys, e.g. `segnb.planning.Configuration`
@@ -151,6 +152,7 @@ class UNet(nn.Module):
         activation='leaky_relu',    # A name of `ACTIVATIONS`, or a function () -> module
         convs_per_block:int=2,      # Convolutions of every stage; a residual network reads its blocks from the plan
         dropout:float=0.,           # Chance that a feature map of the encoder is dropped, in [0, 1)
+        bias:bool=None,             # Give the convolutions a bias; None: as this kind of network has it
         checkpointing:bool=False,   # Save memory: compute the inside of every stage once more on the way back
         channels_last:bool=False,   # Save time on a CPU: keep the channels of a voxel side by side in memory
     ):
@@ -160,18 +162,19 @@ class UNet(nn.Module):
         self.in_channels, self.divisor = in_channels, tuple(int(d) for d in np.prod(pools, axis=0))
         self.deep_supervision, self.checkpointing, self.channels_last = deep_supervision, checkpointing, channels_last
         conv, larger = (nn.Conv2d, nn.ConvTranspose2d) if axes == 2 else (nn.Conv3d, nn.ConvTranspose3d)
+        self.bias = self.bias if bias is None else bias
         strides, options = [1, *map(tuple, pools)], dict(norm=norm, activation=activation, bias=self.bias)
         down, up = self.counts(configuration, convs_per_block)
         self.encoder, self.up, self.decoder, self.heads = (nn.ModuleList() for _ in range(4))
         for level, n in enumerate(features):
-            stem = [ConvBlock(in_channels, n, (3,) * axes, **options)] if self.stem and not level else []
+            stem = [ConvBlock(in_channels, n, self.stem(kernels[0]), **options)] if self.stem and not level else []
             before = features[level - 1] if level else n if stem else in_channels
             stage = _stage(self.encoder_unit, before, n, kernels[level], down[level], strides[level], dropout, **options)
             self.encoder.append(nn.Sequential(*stem, *stage))
         for level, n in enumerate(features[:-1]):
-            self.up.append(larger(features[level + 1], n, strides[level + 1], strides[level + 1], bias=False))
+            self.up.append(larger(features[level + 1], n, strides[level + 1], strides[level + 1], bias=self.biased_up and self.bias))
             self.decoder.append(_stage(self.decoder_unit, 2 * n, n, kernels[level + self.kernel_below], up[level], **options))
-            self.heads.append(conv(n, n_outputs, 1, bias=not self.bias)) # as in the original
+            self.heads.append(conv(n, n_outputs, 1, bias=self.biased_up or not self.bias)) # as in the original
 
     @staticmethod
     def counts(configuration, n): # -> units of every stage of encoder and decoder, full resolution first
@@ -226,6 +229,8 @@ def initialize(
             if module.bias is not None: nn.init.zeros_(module.bias)
         elif norms and hasattr(module, 'reset_parameters'):
             module.reset_parameters()
+    for module in network.modules() if norms else ():
+        if hasattr(module, 'start_quietly'): module.start_quietly()
 
 # %% ../nbs/50_network.ipynb #483ea892
 def _build(kind, configuration, in_channels, n_outputs, deep_supervision, generator, options):
@@ -260,12 +265,16 @@ def _times(v): return ' × '.join(map(str, v))
 
 def _several(n, what): return f"{n} {what}{'s' if n > 1 else ''}"
 
+_KINDS = {'plain': lambda: UNet, 'residual': lambda: ResidualUNet, 'plain_v2': lambda: UNetV2, 'residual_v2': lambda: ResidualUNetV2}
+
+def _kind(configuration): # -> the class that the plan asks for
+    return _choose(_KINDS, 'architecture', getattr(configuration, 'architecture', 'plain'))()
+
 def _works(configuration): # -> what every stage of encoder and decoder does, in words, full resolution first
-    residual, kernels = getattr(configuration, 'architecture', 'plain') == 'residual', configuration.conv_kernel_sizes
-    down, up = (ResidualUNet if residual else UNet).counts(configuration, 2)
-    below = 0 if residual else 1
-    return ([f"{_several(n, 'residual block' if residual else 'convolution')} {_times(k)}" for n, k in zip(down, kernels)],
-            [f"{_several(n, 'convolution')} {_times(k)}" for n, k in zip(up, kernels[below:])])
+    kind, kernels = _kind(configuration), configuration.conv_kernel_sizes
+    (down, up), unit = kind.counts(configuration, 2), 'convolution' if kind.encoder_unit is ConvBlock else 'residual block'
+    return ([f"{_several(n, unit)} {_times(k)}" for n, k in zip(down, kernels)],
+            [f"{_several(n, 'convolution')} {_times(k)}" for n, k in zip(up, kernels[int(kind.kernel_below):])])
 
 # %% ../nbs/50_network.ipynb #d91c757a
 def network_diagram(
@@ -298,7 +307,8 @@ def network_diagram(
         arrow((right - slope * .7, level + .7), (right - slope * .3, level + .3), f'    up {_times(strides[level + 1])}', 'left')
         arrow((right + .95, level), (8.9, level), '', 'left')
         ax.text(8.95, level, f'logits {n_outputs}  {_times(shape)}', fontsize=7.5, va='center', ha='left')
-    stem = f", 1 convolution {_times((3,) * axes)}" if 'residual' in down[0] else ''
+    stem = _kind(configuration).stem
+    stem = f", 1 convolution {_times(stem(configuration.conv_kernel_sizes[0]))}" if stem else ''
     arrow((1.1, -.85), (1.1, -.3), f"  {_several(in_channels, 'channel')}{stem}", 'left')
     return fig
 
@@ -329,7 +339,8 @@ class ResidualBlock(nn.Module):
 # %% ../nbs/50_network.ipynb #7ccedcc0
 class ResidualUNet(UNet):
     "A U-Net whose encoder is made of residual blocks"
-    encoder_unit, stem, bias, kernel_below = ResidualBlock, True, False, False
+    encoder_unit, bias, kernel_below = ResidualBlock, False, False
+    stem = staticmethod(lambda kernel: (3,) * len(kernel)) # whatever the kernel of the plan is
 
     def __init__(self, *args, # As `UNet`
         residual_decoder:bool=False, # Build the decoder of residual blocks too
@@ -365,9 +376,51 @@ def build_network(
     **options,                  # `generator`, and what `UNet` takes
 )->UNet:                        # On the CPU, in training mode, float32
     "Build the network that the plan asks for: plain or residual, 2D or 3D"
-    kinds = {'plain': build_unet, 'residual': build_residual_unet}
-    build = _choose(kinds, 'architecture', getattr(configuration, 'architecture', 'plain'))
-    return build(configuration, in_channels, n_outputs, deep_supervision, **options)
+    options = (getattr(configuration, 'network_options', None) or {}) | options
+    eps, generator = options.pop('eps', None), options.pop('generator', None)
+    network = _build(_kind(configuration), configuration, in_channels, n_outputs, deep_supervision, generator, options)
+    for norm in [m for m in network.modules() if hasattr(m, 'eps')] if eps else []: norm.eps = eps
+    return network
+
+# %% ../nbs/50_network.ipynb #7f429183
+class PooledBlock(ResidualBlock):
+    "Convolve twice and add the input, which is averaged where the block halves it"
+    def __init__(self,
+        in_channels:int,         # Feature maps coming in
+        out_channels:int,        # Feature maps going out
+        kernel_size,             # Odd sizes in voxels, one an axis
+        stride=1,                # One number, or one an axis; 2 halves an axis
+        norm='instance',         # A name of `NORMS`, or a function (channels, axes) -> module
+        activation='leaky_relu', # A name of `ACTIVATIONS`, or a function () -> module
+        dropout:float=0.,        # Chance that a feature map of the first convolution is dropped
+        bias:bool=True,          # Give the convolutions a bias, but the one beside them
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, norm, activation, dropout, bias)
+        axes, same = len(kernel_size), in_channels == out_channels
+        beside = ConvBlock(in_channels, out_channels, (1,) * axes, norm=norm, activation='none', bias=False)
+        pool = (nn.AvgPool2d, nn.AvgPool3d)[axes - 2](stride, stride) if np.any(np.array(stride) > 1) else nn.Identity()
+        self.skip = nn.Sequential(pool, nn.Identity() if same else beside)
+
+    def start_quietly(self): # a new block hands its input on: what it learns is added little by little
+        for p in self.second.norm.parameters(): nn.init.zeros_(p)
+
+# %% ../nbs/50_network.ipynb #e4d0dc02
+class UNetV2(UNet):
+    "The plain U-Net of nnU-Net v2"
+    kernel_below, biased_up = False, True
+    usual = staticmethod(lambda n, levels: ([n] * levels, [n] * (levels - 1)))
+
+    @classmethod
+    def counts(cls, configuration, n): # -> units of every stage, full resolution first; the plan's lowest decoder stage comes first
+        down, up = cls.usual(n, len(configuration.conv_kernel_sizes))
+        planned = [getattr(configuration, f'blocks_per_stage_{part}', None) for part in ('encoder', 'decoder')]
+        return list(planned[0] or down), list(planned[1] or up)[::-1]
+
+
+class ResidualUNetV2(UNetV2):
+    "The U-Net with a residual encoder of nnU-Net v2"
+    encoder_unit, stem = PooledBlock, staticmethod(tuple)
+    usual = staticmethod(lambda n, levels: (([1, 3, 4] + [6] * levels)[:levels], [1] * (levels - 1)))
 
 # %% ../nbs/50_network.ipynb #36f980e2
 _AFFINE = ('weight', 'bias')
@@ -416,6 +469,31 @@ def v1_residual_key_map(
     tensors = {f'{conv}.weight': f'{new}.conv.weight' for conv, _, new in units}
     return heads | tensors | {f'{old}.{t}': f'{new}.norm.{t}' for _, old, new in units for t in _NORM_TENSORS[norm]}
 
+# %% ../nbs/50_network.ipynb #b23d3cee
+def v2_key_map(
+    configuration,       # Object with the plan's network keys; its `architecture` is 'plain_v2' or 'residual_v2'
+    norm:str='instance', # A name of `NORMS`
+)->dict:                 # {tensor name of nnU-Net v2's PlainConvUNet or ResidualEncoderUNet: our tensor name}
+    "Name the tensor of ours that each tensor of v2's state_dict becomes; v2 names most of them two to four times"
+    kind, pools = _kind(configuration), len(configuration.pool_op_kernel_sizes)
+    (down, up), features, units, ups = kind.counts(configuration, 2), features_per_level(configuration), {}, {}
+    residual = kind.encoder_unit is PooledBlock
+    if residual: units['encoder.stem.convs.0'] = 'encoder.0.0'
+    for level, n in enumerate(down):
+        for i in range(n):
+            old, new = f'encoder.stages.{level}.blocks.{i}', f'encoder.{level}.{i + (level == 0)}'
+            if not residual: units[f'encoder.stages.{level}.0.convs.{i}'] = f'encoder.{level}.{i}'
+            else: units |= {f'{old}.conv1': f'{new}.first', f'{old}.conv2': f'{new}.second'}
+            halves = level > 0 and any(s > 1 for s in configuration.pool_op_kernel_sizes[level - 1]) # then the mean comes first
+            if residual and not i and level and features[level] != features[level - 1]: units[f'{old}.skip.{int(halves)}'] = f'{new}.skip.1'
+    units |= {f'decoder.{old}': new for old, new in units.items()} # v2's decoder knows its encoder
+    for level, n in enumerate(up):
+        u = pools - 1 - level
+        units |= {f'decoder.stages.{u}.convs.{i}': f'decoder.{level}.{i}' for i in range(n)}
+        for old, new in ((f'decoder.transpconvs.{u}', f'up.{level}'), (f'decoder.seg_layers.{u}', f'heads.{level}')): ups |= {f'{old}.{t}': f'{new}.{t}' for t in _AFFINE}
+    found = [(old, new, part, name, t) for old, new in units.items() for part, name, tensors in (('conv', 'all_modules.0', _AFFINE), ('norm', 'all_modules.1', _NORM_TENSORS[norm])) for t in tensors]
+    return ups | {f'{old}.{name}.{t}': f'{new}.{part}.{t}' for old, new, part, twin, t in found for name in (part, twin)}
+
 # %% ../nbs/50_network.ipynb #d8bcb454
 _FROM_FILE = 'segnb_network_' # modules made of files are named so
 
@@ -446,13 +524,15 @@ def find_factory(
     if in_file and not Path(where).is_file(): raise NetworkError('the file of the network is not there', file=where, found=f'looked in {Path.cwd()}')
     try: module = _load_file(where) if in_file else importlib.import_module(where)
     except Exception as error:
-        fix = 'repair it' if in_file else f"install it, or name its file: '{where.replace('.', '/')}.py:{inner}'"
-        raise NetworkError(f"the network's {'file cannot be run' if in_file else 'module cannot be imported'}", file=where, found=f'{type(error).__name__}: {error}', fix=fix) from error
+        problem, fix = (("the network's file cannot be run", 'repair it') if in_file else
+                        ("the network's module cannot be imported", f"install it, or name its file: '{where.replace('.', '/')}.py:{inner}'"))
+        raise NetworkError(problem, file=where, found=f'{type(error).__name__}: {error}', fix=fix) from error
     try: factory = functools.reduce(getattr, inner.split('.'), module)
     except AttributeError:
         there = [k for k, v in vars(module).items() if callable(v) and getattr(v, '__module__', None) == module.__name__ and k[0] != '_']
         raise NetworkError(f'{where} has no {inner}', expected=', '.join(there[:10]) or 'a function') from None
-    if not callable(factory): raise NetworkError(f'{name} is no function', found=f'a {type(factory).__name__}', expected='a function (configuration, in_channels, n_outputs, deep_supervision)')
+    if not callable(factory):
+        raise NetworkError(f'{name} is no function', found=f'a {type(factory).__name__}', expected='a function (configuration, in_channels, n_outputs, deep_supervision)')
     return factory
 
 # %% ../nbs/50_network.ipynb #3278903f
@@ -476,7 +556,8 @@ def _plain(value):
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
     if isinstance(value, dict) and all(isinstance(k, str) for k in value): return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, type) and issubclass(value, nn.Module) and getattr(nn, value.__name__, None) is value: return {'torch.nn': value.__name__}
+    if isinstance(value, type) and issubclass(value, nn.Module) and getattr(nn, value.__name__, None) is value:
+        return {'torch.nn': value.__name__}
     raise TypeError(f'{value!r} cannot be kept')
 
 def _lively(value):
@@ -499,7 +580,8 @@ def network_origin(
     module = sys.modules.get(name)
     try: named = functools.reduce(getattr, inner.split('.'), module) is factory
     except AttributeError: named = False
-    kind = 'session' if not named or name == '__main__' else 'segnb' if name.startswith('segnb.') else 'file' if name.startswith(_FROM_FILE) else 'module'
+    kind = ('session' if not named or name == '__main__' else 'segnb' if name.startswith('segnb.') else
+            'file' if name.startswith(_FROM_FILE) else 'module')
     file = getattr(module, '__file__', None)
     source = None if kind == 'segnb' else _source(factory, module if named else None)
     try: package = f"{name.split('.')[0]} {importlib.metadata.version(name.split('.')[0])}" if kind == 'module' else None
@@ -508,8 +590,9 @@ def network_origin(
     for key, value in options.items():
         try: kept[key] = _plain(value)
         except TypeError: lost.append(key)
-    return {'kind': kind, 'name': f"{file if kind == 'file' else name}:{inner or type(factory).__name__}", 'file': None if kind == 'segnb' or file is None else str(Path(file).resolve()),
-            'digest': _digest(source), 'source': source if source and len(source) < 200_000 else None, 'package': package, 'options': kept, 'lost': lost}
+    return {'kind': kind, 'name': f"{file if kind == 'file' else name}:{inner or type(factory).__name__}",
+            'file': None if kind == 'segnb' or file is None else str(Path(file).resolve()), 'digest': _digest(source),
+            'source': source if source and len(source) < 200_000 else None, 'package': package, 'options': kept, 'lost': lost}
 
 # %% ../nbs/50_network.ipynb #e17a7fa3
 class NetworkWarning(UserWarning):
@@ -517,10 +600,11 @@ class NetworkWarning(UserWarning):
 
 def _refusal(origin, why):
     "The error for a network that cannot be built again; it carries the origin"
-    kept = ('its source text is kept beside the weights: `segnb.custom_network.stored_source(model)` gives it, read it before you run it; then ' if origin.get('source') else '')
-    lost = f" (with {', '.join(origin['lost'])})" if origin.get('lost') else ''
-    error = NetworkError(f'the network of this model cannot be built again: {why}', found=f"trained with {origin.get('name')}" + (f" of {origin['package']}" if origin.get('package') else ''),
-                         expected=f"its factory{lost}", fix=kept + "hand the factory in: network=..., or --network package.module:function, --network path/file.py:function")
+    kept = 'its source text is kept with the weights (segnb.custom_network.stored_source gives it: read it before you run it); ' if origin.get('source') else ''
+    found = f"trained with {origin.get('name')}" + (f" of {origin['package']}" if origin.get('package') else '')
+    expected = 'its factory' + (f", with the options {', '.join(origin['lost'])}" if origin.get('lost') else '')
+    error = NetworkError(f'the network of this model cannot be built again: {why}', found=found, expected=expected,
+                         fix=kept + 'hand the factory in: network=..., or --network package.module:function, --network path/file.py:function')
     error.origin = origin
     return error
 
@@ -532,14 +616,15 @@ def _look_up(origin, folder):
     if kind == 'segnb':
         if not (where.startswith('segnb.') and inner.startswith('build_')): raise _refusal(origin, 'the name is not that of a factory of segnb')
         return find_factory(f'{where}:{inner}')
-    if origin.get('foreign'): raise _refusal(origin, 'the model came from elsewhere, and code that is not part of segnb runs only at your word')
+    if origin.get('foreign'): raise _refusal(origin, 'the model came from elsewhere; code that is not part of segnb runs only at your word')
     if kind == 'session':
         found = getattr(sys.modules['__main__'], inner, None) if where == '__main__' else None
         if callable(found) and network_origin(found)['digest'] == origin.get('digest'): return found
         raise _refusal(origin, 'its factory was made inside a session or another function, where nothing else can find it')
     if kind == 'module' and where.split('.')[0] in sys.stdlib_module_names: raise _refusal(origin, f'{where} is a part of Python')
-    looked = []
-    for name, place in ((f'{where}:{inner}', _place_of(where) if kind == 'module' else file), *([(f'{file}:{inner}', file)] if kind == 'module' and file and '.' not in where else [])):
+    places, looked = [(f'{where}:{inner}', _place_of(where) if kind == 'module' else file)], []
+    if kind == 'module' and file and '.' not in where: places.append((f'{file}:{inner}', file)) # a single file that was on the path then
+    for name, place in places:
         if _within(place, folder): raise _refusal(origin, f'{place} came with the model, and such code runs only at your word')
         try: return find_factory(name)
         except NetworkError as error: looked.append(str(error))
@@ -590,7 +675,45 @@ def make_network(
     try: network = factory(configuration, in_channels, n_outputs, **options)
     except (SegnbError, torch.OutOfMemoryError, MemoryError): raise
     except Exception as error:
-        raise NetworkError(f'{called} cannot build the network', found=f'{type(error).__name__}: {error}',
-                           expected='a function (configuration, in_channels, n_outputs, deep_supervision)' + (f", called with {', '.join(options)}" if options else '')) from error
-    if not isinstance(network, nn.Module): raise NetworkError(f'{called} does not give a network', found=f'a {type(network).__name__}', expected='a torch.nn.Module')
+        wanted = 'a function (configuration, in_channels, n_outputs, deep_supervision)' + (f", called with {', '.join(options)}" if options else '')
+        raise NetworkError(f'{called} cannot build the network', found=f'{type(error).__name__}: {error}', expected=wanted) from error
+    if not isinstance(network, nn.Module):
+        raise NetworkError(f'{called} does not give a network', found=f'a {type(network).__name__}', expected='a torch.nn.Module')
     return network
+
+# %% ../nbs/50_network.ipynb #191ffc43
+def list_outputs(
+    outputs,  # One tensor (B, K, *spatial), a list of them, or (B, n, K, *spatial): n answers behind each other
+    axes:int, # Of space: 2 or 3
+)->list:      # Of tensors (B, K, *spatial), full resolution first
+    "Give what a network answers as a list"
+    if isinstance(outputs, torch.Tensor): return list(outputs.unbind(1)) if outputs.ndim == axes + 3 else [outputs]
+    if isinstance(outputs, (list, tuple)) and outputs and all(isinstance(o, torch.Tensor) for o in outputs): return list(outputs)
+    raise NetworkError('the network does not answer with logits', found=f'a {type(outputs).__name__}', expected='a tensor, or a list of tensors, full resolution first')
+
+def output_shapes(
+    network:nn.Module, # On its device; its running statistics and its mode stay
+    in_channels:int,   # Channels of the image
+    n_outputs:int,     # Background and foreground classes, or regions
+    patch_size:tuple,  # (Z, Y, X) or (Y, X), voxels
+)->list:               # Spatial shape of every output in training, full resolution first
+    "Ask a network once what shapes it answers with; raises `NetworkError` for a patch or an answer that does not fit"
+    patch, before, training = tuple(patch_size), [b.clone() for b in network.buffers()], network.training
+    x = torch.zeros(2, in_channels, *patch, device=next((p.device for p in network.parameters()), None))
+    try:
+        with torch.no_grad(): outputs = list_outputs(network.train()(x), len(patch))
+    except (SegnbError, torch.OutOfMemoryError, MemoryError): raise
+    except Exception as error:
+        raise NetworkError('the network cannot take a batch of patches', found=f'{type(error).__name__}: {error}', expected=f'an answer to {tuple(x.shape)}',
+                           fix='plan with another patch size (segnb plan --edit), or let the network pad') from error
+    finally:
+        network.train(training)
+        with torch.no_grad():
+            for b, old in zip(network.buffers(), before): b.copy_(old)
+    shapes = [tuple(o.shape[2:]) for o in outputs]
+    for o, shape in zip(outputs, shapes):
+        if o.shape[:2] != (2, n_outputs) or len(shape) != len(patch) or any(a > b for a, b in zip(shape, patch)):
+            raise NetworkError('an output of the network does not fit', found=tuple(o.shape), expected=f'(2, {n_outputs}, ...), no larger than {patch}')
+    if shapes[0] != patch:
+        raise NetworkError('the first output has not the size of the patch', found=shapes, expected=patch, fix='give the finest first' if patch in shapes else None)
+    return shapes
