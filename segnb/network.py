@@ -172,7 +172,7 @@ class UNet(nn.Module):
             stage = _stage(self.encoder_unit, before, n, kernels[level], down[level], strides[level], dropout, **options)
             self.encoder.append(nn.Sequential(*stem, *stage))
         for level, n in enumerate(features[:-1]):
-            self.up.append(larger(features[level + 1], n, strides[level + 1], strides[level + 1], bias=self.biased_up and self.bias))
+            self.up.append(larger(features[level + 1], n, *[strides[level + 1]] * 2, bias=self.biased_up and self.bias))
             self.decoder.append(_stage(self.decoder_unit, 2 * n, n, kernels[level + self.kernel_below], up[level], **options))
             self.heads.append(conv(n, n_outputs, 1, bias=self.biased_up or not self.bias)) # as in the original
 
@@ -471,28 +471,28 @@ def v1_residual_key_map(
 
 # %% ../nbs/50_network.ipynb #b23d3cee
 def v2_key_map(
-    configuration,       # Object with the plan's network keys; its `architecture` is 'plain_v2' or 'residual_v2'
-    norm:str='instance', # A name of `NORMS`
-)->dict:                 # {tensor name of nnU-Net v2's PlainConvUNet or ResidualEncoderUNet: our tensor name}
+    configuration, # Object with the plan's network keys; its `architecture` is 'plain_v2' or 'residual_v2'
+)->dict:           # {tensor name of nnU-Net v2's PlainConvUNet or ResidualEncoderUNet: our tensor name}
     "Name the tensor of ours that each tensor of v2's state_dict becomes; v2 names most of them two to four times"
-    kind, pools = _kind(configuration), len(configuration.pool_op_kernel_sizes)
-    (down, up), features, units, ups = kind.counts(configuration, 2), features_per_level(configuration), {}, {}
-    residual = kind.encoder_unit is PooledBlock
-    if residual: units['encoder.stem.convs.0'] = 'encoder.0.0'
-    for level, n in enumerate(down):
-        for i in range(n):
-            old, new = f'encoder.stages.{level}.blocks.{i}', f'encoder.{level}.{i + (level == 0)}'
-            if not residual: units[f'encoder.stages.{level}.0.convs.{i}'] = f'encoder.{level}.{i}'
-            else: units |= {f'{old}.conv1': f'{new}.first', f'{old}.conv2': f'{new}.second'}
-            halves = level > 0 and any(s > 1 for s in configuration.pool_op_kernel_sizes[level - 1]) # then the mean comes first
-            if residual and not i and level and features[level] != features[level - 1]: units[f'{old}.skip.{int(halves)}'] = f'{new}.skip.1'
+    with torch.device('meta'): own = build_network(configuration, 1, 2)
+    residual, pools, units, tensors = isinstance(own.encoder[0][-1], PooledBlock), configuration.pool_op_kernel_sizes, {}, {}
+    for level, stage in enumerate(own.encoder):
+        for i, unit in enumerate(stage):
+            old, new, halves = f'encoder.stages.{level}.', f'encoder.{level}.{i}', level > 0 and any(s > 1 for s in pools[level - 1])
+            if not residual: units[f'{old}0.convs.{i}'] = new
+            elif not isinstance(unit, PooledBlock): units['encoder.stem.convs.0'] = new
+            else:
+                old += f'blocks.{i - (level == 0)}'
+                units |= {f'{old}.conv1': f'{new}.first', f'{old}.conv2': f'{new}.second', f'{old}.skip.{int(halves)}': f'{new}.skip.1'}
     units |= {f'decoder.{old}': new for old, new in units.items()} # v2's decoder knows its encoder
-    for level, n in enumerate(up):
-        u = pools - 1 - level
-        units |= {f'decoder.stages.{u}.convs.{i}': f'decoder.{level}.{i}' for i in range(n)}
-        for old, new in ((f'decoder.transpconvs.{u}', f'up.{level}'), (f'decoder.seg_layers.{u}', f'heads.{level}')): ups |= {f'{old}.{t}': f'{new}.{t}' for t in _AFFINE}
-    found = [(old, new, part, name, t) for old, new in units.items() for part, name, tensors in (('conv', 'all_modules.0', _AFFINE), ('norm', 'all_modules.1', _NORM_TENSORS[norm])) for t in tensors]
-    return ups | {f'{old}.{name}.{t}': f'{new}.{part}.{t}' for old, new, part, twin, t in found for name in (part, twin)}
+    for level, stage in enumerate(own.decoder):
+        u = len(pools) - 1 - level
+        units |= {f'decoder.stages.{u}.convs.{i}': f'decoder.{level}.{i}' for i in range(len(stage))}
+        for old, new in (('transpconvs', 'up'), ('seg_layers', 'heads')): tensors |= {f'decoder.{old}.{u}.{t}': f'{new}.{level}.{t}' for t in _AFFINE}
+    for old, new in units.items():
+        for names, part in ((('conv', 'all_modules.0'), 'conv'), (('norm', 'all_modules.1'), 'norm')):
+            tensors |= {f'{old}.{name}.{t}': f'{new}.{part}.{t}' for name in names for t in _NORM_TENSORS['batch']}
+    return {old: new for old, new in tensors.items() if new in own.state_dict()}
 
 # %% ../nbs/50_network.ipynb #d8bcb454
 _FROM_FILE = 'segnb_network_' # modules made of files are named so

@@ -220,7 +220,8 @@ def _one_of(names):
 
 ARCHITECTURES = 'plain', 'residual', 'plain_v2', 'residual_v2'  # those of nnU-Net v1, and of v2
 AGGREGATES = 'probabilities', 'logits', 'logits_half'           # what is averaged: nnU-Net v1's way, its logits, v2's way
-RESAMPLERS = {'spline': dict(order=3, order_z=0, separate=None, threshold=3.), 'torch': dict(separate=None, threshold=3.), 'none': {}} # and their usual settings
+RESAMPLERS = {'spline': dict(order=3, order_z=0, separate=None, threshold=3.), # and their usual settings
+              'torch': dict(separate=None, threshold=3.), 'none': {}}
 
 def _order(v):
     "Rule: a spline order that is offered"
@@ -248,7 +249,8 @@ _SHARED_RULES = dict(
     name=(_name, 'text'), batch_size=_COUNT, spacing=_MM, median_shape=_SIZE, do_dummy_2d_data_aug=_FLAG, base_num_features=_COUNT,
     max_num_features=_COUNT, batch_dice=_FLAG, previous_stage=(_maybe(_name), 'null, or the name of a configuration'),
     architecture=(_one_of(ARCHITECTURES), ', '.join(ARCHITECTURES)), blocks_per_stage_encoder=_BLOCKS, blocks_per_stage_decoder=_BLOCKS,
-    normalize_first=_FLAG, resampling=(_maybe(_resampling), 'null, or for data, seg and probabilities a function of RESAMPLERS and its settings'), previous_like_seg=_FLAG,
+    normalize_first=_FLAG, previous_like_seg=_FLAG,
+    resampling=(_maybe(_resampling), 'null, or for data, seg and probabilities a function of RESAMPLERS and its settings'),
     aggregate=(_one_of(AGGREGATES), ', '.join(AGGREGATES)), network_options=(_maybe(_network_options), 'null, or norm, activation, bias and eps'))
 
 # %% ../nbs/24_planning.ipynb #79233b52
