@@ -27,7 +27,7 @@ from .image import SegnbError, whole_file
 from .labels import Labels
 from .loader import PatchLoader
 from .loss import DeepSupervisionLoss, deep_supervision_weights, make_loss
-from .network import build_network, count_parameters, initialize
+from .network import UNet, build_network, count_parameters, find_factory, initialize, list_outputs, make_network, network_from_origin, network_origin, output_shapes
 from .optimization import Deterministic, TrainingError, choose_device, choose_precision, keep_memory, make_optimizer, make_schedule, poly_lr, set_learning_rate, training_step
 from .planning import Plans
 from .preprocessing import load_preprocessed
@@ -126,11 +126,12 @@ def make_batches(
     sampling:str='position', # Which ones: 'position' in the batch, or by 'probability'
     positions=None,          # Range of the samples of each batch that this process makes; None: all
     device='cpu',            # Where the network computes
+    scales=None,             # Scale of each output of the network, as `deep_supervision_scales` gives them; None: the plan's
 )->tuple:                    # Training and validation `BatchStream`
     "Connect loader and augmentation into the streams that training and validation draw from"
     if engine not in ENGINES: raise TrainingError('there is no such engine', found=repr(engine), expected=', '.join(ENGINES))
     p, patch, size, device = parameters or default_parameters(configuration), tuple(configuration.patch_size), configuration.batch_size, torch.device(device)
-    scales, cascade = deep_supervision_scales(configuration.pool_op_kernel_sizes), bool(configuration.previous_stage)
+    scales, cascade = scales or deep_supervision_scales(configuration.pool_op_kernel_sizes), bool(configuration.previous_stage)
     how = dict(regions=tuple(labels.regions.values()) if labels else (), ignore=labels.ignore if labels else None, previous_classes=tuple(range(1, len(plans.labels) + 1)) if cascade else ())
     make = training_transforms if engine == 'batchgenerators' else functools.partial(device_transforms, device=device if engine == 'device' or device.type == 'cuda' else 'cpu')
     def stream(cases, loaded, transforms, n, workers, stage):
@@ -168,7 +169,8 @@ class Trainer:
     checkpointing:bool = False         # Less memory for more time: compute features again on the way back
     n_workers:int = None               # Processes that prepare batches; None: 1 on a CPU, more with a GPU
     n_folds:int = 5                    # Folds to make when there is no splits.json
-    network:object = build_network     # Builds the network: (configuration, in_channels, n_outputs, deep_supervision=True)
+    network:object = build_network     # Builds the network: (configuration, in_channels, n_outputs, deep_supervision=True), or its name: see `find_factory`
+    network_options:dict = None        # Further keywords for it
     loss:object = None                 # Called as loss(logits, target) per resolution; a name in `segnb.loss.LOSSES`; None: nnU-Net's
     batches:object = make_batches      # Makes the training and the validation stream
     augmentation:object = 'default'    # Name of a preset, or `AugmentationParameters`
@@ -211,7 +213,7 @@ def stop(self:Trainer,
 
 # %% ../nbs/53_training.ipynb #47be4d97
 SETTINGS = ('epochs', 'minutes', 'iterations', 'val_iterations', 'initial_lr', 'weight_decay', 'momentum', 'optimizer', 'schedule', 'warmup', 'patience', 'seed', 'deterministic',
-            'precision', 'compile', 'channels_last', 'checkpointing', 'n_workers', 'network', 'loss', 'augmentation', 'engine', 'mirror_axes', 'oversample', 'sampling')
+            'precision', 'compile', 'channels_last', 'checkpointing', 'n_workers', 'network', 'network_options', 'loss', 'augmentation', 'engine', 'mirror_axes', 'oversample', 'sampling')
 
 def _check_settings(t):
     "Refuse settings that no training can be made with"
@@ -243,6 +245,8 @@ def _set_up(t):
     t.dtype = choose_precision(t.precision, t.torch_device)
     if t.n_workers is None: t.n_workers = 1 if t.torch_device.type == 'cpu' else default_workers()
     t.folder = t.model/f'fold_{t.fold}'
+    t.factory = find_factory(t.network) if isinstance(t.network, str) else t.network
+    if t.network_options: t.factory = functools.partial(t.factory, **t.network_options)
     _check_cases(t)
     _reset(t)
     _open_streams(t)
@@ -291,11 +295,13 @@ def _check_model_folder(t):
 # %% ../nbs/53_training.ipynb #652f05a6
 def _reset(t):
     "Fresh weights, optimiser and history"
-    if t.channels_last is None: t.channels_last = t.network is build_network and t.torch_device.type == 'cpu' and t.plan.dimensions == 3
+    if t.channels_last is None: t.channels_last = t.factory is build_network and t.torch_device.type == 'cpu' and t.plan.dimensions == 3
     options = {name: True for name in ('channels_last', 'checkpointing') if getattr(t, name)}
+    t.origin = network_origin(t.factory)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(t.seed)
-        t.net = t.network(t.plan, t.plans.n_inputs(t.configuration), t.labels.n_outputs, deep_supervision=True, **options).to(t.torch_device)
+        t.net = make_network(t.factory, t.plan, t.plans.n_inputs(t.configuration), t.labels.n_outputs, deep_supervision=True, **options).to(t.torch_device)
+        t.scales = _output_scales(t)
     copy_weights(t.net)
     t.forward = torch.compile(t.net) if t.compile else t.net
     t.optimizer = make_optimizer(t.net, t.initial_lr, t.momentum, t.weight_decay, t.optimizer_name)
@@ -313,7 +319,9 @@ def _criterion(t):
     if t.world.size > 1:
         for part in parts:
             if hasattr(part, 'reduce'): part.reduce = all_sum
-    return DeepSupervisionLoss(t.loss_function, deep_supervision_weights(len(t.plan.pool_op_kernel_sizes), t.plans.planner == 'nnunet_v1_residual')).to(t.torch_device)
+    own = t.scales != deep_supervision_scales(t.plan.pool_op_kernel_sizes) # not the plan's outputs: then every one counts
+    kind = DeepSupervisionLoss if isinstance(t.net, UNet) else _OutputsLoss
+    return kind(t.loss_function, deep_supervision_weights(len(t.scales), own or t.plans.planner == 'nnunet_v1_residual')).to(t.torch_device)
 
 def _open_streams(t):
     "The streams that training and validation draw from"
@@ -321,7 +329,8 @@ def _open_streams(t):
     train, val = ({c: t.cases[c] for c in names} for names in (t.train_cases, t.val_cases))
     t.train_stream, t.val_stream = t.batches(
         train, val, t.plans, t.plan, labels=t.labels, parameters=t.parameters, engine=t.engine, seed=t.seed, iterations=t.iterations, val_iterations=t.val_iterations, n_workers=t.n_workers,
-        oversample=t.oversample, sampling=t.sampling, positions=t.world.share(t.plan.batch_size) if t.world.size > 1 else None, device=t.torch_device)
+        oversample=t.oversample, sampling=t.sampling, positions=t.world.share(t.plan.batch_size) if t.world.size > 1 else None, device=t.torch_device,
+        **({} if t.scales == deep_supervision_scales(t.plan.pool_op_kernel_sizes) else {'scales': t.scales}))
 
 def _parameters(t):
     "The augmentation that the settings ask for"
@@ -330,6 +339,35 @@ def _parameters(t):
     named = any(isinstance(axis, str) for axis in t.mirror_axes)
     directions = [t.cases[c].properties['geometry']['direction'] for c in t.train_cases] if named else []
     return p.replace(mirror_axes=find_mirror_axes(t.mirror_axes, directions, t.plans.transpose_forward, t.plan.dimensions))
+
+# %% ../nbs/53_training.ipynb #77937f38
+def _output_scales(t):
+    "The scale of every output of the network on every axis, full resolution first; a network that is not a `UNet` is asked"
+    plan = deep_supervision_scales(t.plan.pool_op_kernel_sizes)
+    if isinstance(t.net, UNet): return plan
+    patch = tuple(t.plan.patch_size)
+    t.net.register_forward_hook(functools.partial(_answer_in_lists, axes=len(patch)))
+    with _memory_told(t): shapes = output_shapes(t.net, t.plans.n_inputs(t.configuration), t.labels.n_outputs, patch)
+    scales = [[n / size for n, size in zip(shape, patch)] for shape in shapes]
+    return plan if [[round(n * s) for n, s in zip(patch, scale)] for scale in plan] == [list(shape) for shape in shapes] else scales
+
+def _answer_in_lists(network, inputs, outputs, axes): return list_outputs(outputs, axes)
+
+class _OutputsLoss(DeepSupervisionLoss):
+    "The same for a network that gives one answer only when it is not trained"
+    def forward(self, outputs, targets):
+        return self.loss(outputs[0], targets[0]) if len(outputs) == 1 else super().forward(outputs, targets)
+
+def _rebuild(t, origin):
+    "Build the network that a checkpoint was trained with, where that is another than was asked for"
+    if origin is None: return
+    factory = network_from_origin(origin, None if t.network is build_network and not t.network_options else t.factory, t.model.parent)
+    found = network_origin(factory)
+    if found['digest'] != origin['digest']: _say(t, f"warning: {origin['name']} was changed since this training began")
+    if all(found[k] == t.origin[k] for k in ('name', 'digest', 'options', 'lost')): return
+    t.factory = factory
+    _reset(t)
+    _open_streams(t)
 
 # %% ../nbs/53_training.ipynb #91cf1352
 EVENTS = ('on_start', 'on_epoch_start', 'on_batch', 'on_epoch', 'on_end')
@@ -366,7 +404,7 @@ def _state(t):
     "Everything that the next epoch depends on"
     return {'format': 'segnb checkpoint 1', 'segnb_version': __version__, 'configuration': t.configuration, 'fold': t.fold, 'epoch': t.epoch,
             'plans_identity': t.plans.identity(t.configuration), 'plans': json.loads(json.dumps(t.plans.to_dict())), 'settings': _settings(t),
-            'train_cases': t.train_cases, 'val_cases': t.val_cases,
+            'train_cases': t.train_cases, 'val_cases': t.val_cases, 'origin': t.origin,
             'network': {k: v.detach().cpu() for k, v in t.net.state_dict().items()}, 'optimizer': t.optimizer.state_dict(),
             'scaler': t.scaler and t.scaler.state_dict(), 'history': t.history, 'moving_dice': t.moving, 'best_dice': t.best, 'stopped': t.stopped,
             'schedule': t.rate.state_dict() if hasattr(t.rate, 'state_dict') else None, 'callbacks': _states(t), 'mirror_axes': list(t.parameters.mirror_axes), 'elapsed': t.clock.elapsed, 'pace': t.clock.pace}
@@ -374,13 +412,15 @@ def _state(t):
 def _settings(t):
     "The settings as JSON has them; functions by their names"
     found = {name: getattr(t, name) for name in SETTINGS} | {'optimizer': t.optimizer_name, 'device': str(t.torch_device), 'processes': t.world.size}
-    return {k: v if v is None or isinstance(v, (bool, int, float, str)) else list(v) if isinstance(v, (tuple, list)) else getattr(v, '__name__', type(v).__name__) for k, v in found.items()}
+    found = {k: v if v is None or isinstance(v, (bool, int, float, str)) else list(v) if isinstance(v, (tuple, list)) else getattr(v, '__name__', type(v).__name__) for k, v in found.items()}
+    return found | {'network': t.origin['name'].rpartition(':')[2], 'network_options': t.origin['options'] or None}
 
 def _restore(t, state):
     "Put a checkpoint's state back; the names of callbacks that start anew"
     if state['val_cases'] != t.val_cases or state['configuration'] != t.configuration:
         raise CheckpointError('the checkpoint was trained on other cases or another configuration', file=t.folder, found=f"{state['configuration']}, validation cases {', '.join(state['val_cases'][:5])}",
                               expected=f"{t.configuration}, {', '.join(t.val_cases[:5])}", fix='put the old splits.json back, or start again (fit(overwrite=True), --overwrite)')
+    _rebuild(t, state.get('origin'))
     try:
         t.net.load_state_dict(state['network'])
         t.optimizer.load_state_dict(state['optimizer'])
@@ -736,7 +776,7 @@ def _write_record(t, finished=False):
     record = read_json(file) if file.exists() else {'runs': []}
     record |= {'segnb_version': __version__, 'dataset': t.plans.dataset_name, 'configuration': t.configuration, 'fold': t.fold, 'plans_identity': t.plans.identity(t.configuration),
                'train_cases': t.train_cases, 'val_cases': t.val_cases, 'epochs_done': t.epoch, 'training_seconds': t.clock.elapsed,
-               'training_batches': sum(r['iterations'] for r in t.history)}
+               'training_batches': sum(r['iterations'] for r in t.history), 'network': t.origin}
     if finished: record['runs'][-1]['finished'] = now
     else:
         software = {'python': platform.python_version(), 'torch': torch.__version__, 'numpy': np.__version__, 'system': platform.platform()}
