@@ -33,7 +33,7 @@ from .labels import Labels
 from .normalization import normalize
 from .resampling import resample_case, resample_image, resample_label_map
 from .spacing import resampled_shape
-from .workers import Estimate, check_writable, default_workers, parallel_map, preflight, read_json, remove_stale_parts, write_json
+from .workers import Estimate, check_writable, default_workers, parallel_map, preflight, read_json, remove_stale_parts, use_executor, write_json
 
 # %% ../nbs/32_preprocessing.ipynb #e4adccb8
 class PreprocessingError(SegnbError):
@@ -104,6 +104,8 @@ def preprocess_case(
     properties = dict(identifier=identifier, shape=data.shape[1:], spacing=spacing,
                       geometry=None if geometry is None else geometry.to_dict())
     known, forward = seg is not None, tuple(plans.transpose_forward)
+    guided = previous is not None and not known and getattr(configuration, 'previous_like_seg', False)
+    if guided: seg = previous
     data, seg, bbox = crop_to_nonzero(data, None if seg is None else np.asarray(seg), copy=False)
     if has_nan: data = np.where(np.isnan(data), np.float32(0), data)      # after the crop, which counts NaN as non-zero
     data, seg = data.transpose(0, *(axis + 1 for axis in forward)), seg.transpose(forward)
@@ -111,14 +113,18 @@ def preprocess_case(
     new = case_spacing(configuration, old)
     properties.update(bbox=tuple(bbox), shape_after_crop=bbox.shape, transpose_forward=forward,
                       transpose_backward=tuple(plans.transpose_backward))
-    try: data, seg = resample_case(data, seg, old, new)
+    first, scale = getattr(configuration, 'normalize_first', False), (plans.normalization_schemes, plans.use_mask_for_norm, plans.intensities)
+    if first: data = normalize(data, seg, *scale)
+    try: data, seg = resample_case(data, seg, old, new, how=getattr(configuration, 'resampling', None))
     except SegnbError as error: raise PreprocessingError(f'resampling failed: {error}', case=identifier) from None
-    data = normalize(data, seg, plans.normalization_schemes, plans.use_mask_for_norm, plans.intensities)
+    data = np.ascontiguousarray(data) if first else normalize(data, seg, *scale)
     seg = np.ascontiguousarray(seg, np.int8 if max(plans.labels) < 127 else np.int16)   # room for an ignore label
     properties.update(shape_after_resampling=seg.shape, spacing_after_resampling=new)
+    if back := getattr(configuration, 'way_back', None): properties['way_back'] = back
     if known: properties['class_locations'] = class_locations(seg, plans.labels)
     if known and regions: properties['region_locations'] = region_locations(seg, regions)
-    if previous is not None: properties['previous'] = previous_on_grid(previous, properties)
+    if guided: properties['previous'], seg = np.maximum(seg, 0), np.minimum(seg, 0)
+    elif previous is not None: properties['previous'] = previous_on_grid(previous, properties)
     return data, seg, properties
 
 # %% ../nbs/32_preprocessing.ipynb #c5040ff8
@@ -334,7 +340,10 @@ def preprocessing_identity(
     p, c = plans.to_dict(), plans.configuration(configuration)
     keys = ('labels', 'transpose_forward', 'normalization_schemes', 'use_mask_for_norm', 'intensities')
     grid = ['2d', *c.spacing[1:]] if getattr(c, 'dimensions', 3) == 2 else list(c.spacing)
-    return hashlib.sha256(json.dumps([grid, *(p[key] for key in keys)], sort_keys=True).encode()).hexdigest()[:16]
+    told = [grid, *(p[key] for key in keys)]
+    how = {part: (c.resampling or {}).get(part) for part in ('data', 'seg')} if getattr(c, 'resampling', None) else None
+    if how or getattr(c, 'normalize_first', False): told.append([how, c.normalize_first])  # where they are usual, nothing changes
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../nbs/32_preprocessing.ipynb #1566511a
 @contextmanager
@@ -525,8 +534,11 @@ def preprocess_dataset(
     n_workers:int=None,             # Processes; 0: this one; None: this one for small data, else what memory and cores carry
     verify:bool=True,               # Read finished cases and compare checksums; False: compare sizes only
     say=None,                       # Gets the forecast of memory, disk and time as text; None: stderr, if that is a terminal
+    executor=None,                  # A Dask client, whose workers do the cases: see `use_executor`; all see the same folders
 )->tuple:                           # Identifiers of the cases that had to be done
     "Preprocess every training case that is not finished; errors name the case, and a later run takes up where one stopped"
+    if executor is not None:
+        with use_executor(executor): return preprocess_dataset(dataset, plans, out, configurations, n_workers, verify, say)
     configurations, out = [configurations] if isinstance(configurations, str) else list(configurations), Path(out)
     if dataset.channels != plans.channels or dataset.labels.foreground != plans.labels:
         raise PreprocessingError('the plans were made for other data', file=dataset.folder,
