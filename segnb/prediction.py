@@ -7,7 +7,7 @@ __all__ = ['MODES', 'PredictionError', 'PredictionWarning', 'Folds', 'Predictor'
            'Relay', 'case_sentence']
 
 # %% ../nbs/64_prediction.ipynb #727d004d
-import contextlib, ctypes, glob, hashlib, json, mmap, queue, sys, tempfile, warnings, zipfile
+import contextlib, ctypes, glob, hashlib, inspect, json, mmap, queue, sys, tempfile, threading, warnings, zipfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,13 +24,13 @@ from .dataset import find_cases
 from .export import MAPS, export_case, probabilities_to_original_grid, save_label_map, to_original_grid
 from .image import IMAGE_ENDINGS, SegnbError, image_ending, read_image, read_label_map
 from .labels import Labels
-from .network import build_network
+from .network import make_network, network_from_origin, network_origin
 from .optimization import choose_device, choose_precision
 from .planning import Plans
 from .preprocessing import preprocess_case
 from .resampling import resample_label_map, separate_axis
 from .sliding_window import predict_sliding_window, sliding_window_slabs
-from .workers import check_writable, parallel_map, read_json, remove_stale_parts, write_json
+from .workers import check_writable, cluster_map, current_executor, parallel_map, read_json, remove_stale_parts, write_json
 
 # %% ../nbs/64_prediction.ipynb #8fe47809
 class PredictionError(SegnbError):
@@ -126,7 +126,7 @@ class Predictor:
         postprocess=None,        # Function (label map, spacing) -> label map, called before writing
         header:str='refuse',     # What to believe of contradictory NIfTI headers, see `read_image`
     ):
-        self.device = choose_device(device)
+        self.device, self.asked_device = choose_device(device), str(device)
         self.networks = networks if isinstance(networks, Folds) else [n.to(self.device).eval() for n in networks]
         self.plans, self.configuration, self.labels = plans, plans.configuration(configuration), labels
         dtype = choose_precision('fp32' if precision == 'auto' and self.device.type == 'cpu' else precision, self.device)
@@ -172,28 +172,51 @@ def from_folder(cls:Predictor,
     folds=None,               # Fold or list of folds; None: all that are trained
     device:str='auto',        # 'auto', 'cpu', 'cuda', 'mps'
     checkpoint:str='final',   # 'final', 'best' or 'latest'
+    network=None,             # Factory of the network or its name, where the one that the checkpoint names cannot be used
     **options,                # For `Predictor`: step_size, mirror, precision, progress, batch_size, mode, ...
 ):
-    "Load a trained model folder; raises `PredictionError`, `CheckpointError`"
+    "Load a trained model folder; raises `PredictionError`, `CheckpointError`, `NetworkError`"
     model = Path(model)
     if not (model/'plans.json').exists(): raise PredictionError(f'{model} is not a trained model: it has no plans.json')
     plans, about = Plans.load(model/'plans.json'), read_json(model/'dataset.json')
-    labels, files, sources, mirrored = Labels.from_dict(about), _folds(model, folds, checkpoint), [], None
+    labels, files, sources, mirrored, shapes, origins = Labels.from_dict(about), _folds(model, folds, checkpoint), [], None, {}, {}
     for file in files:
         state = load_checkpoint(file, plans)
         name, trained = state['configuration'], state.get('mirror_axes')
         sources.append(dict(fold=file.parent.name[5:], checkpoint=file.name, epoch=state.get('epoch'), weights=_fingerprint(file)))
         if trained is not None: mirrored = [a for a in trained if mirrored is None or a in mirrored]
+        shapes[file], origins[file] = {k: tuple(v.shape) for k, v in state['network'].items()}, state.get('origin')
         del state # one checkpoint in memory at a time
-    network = build_network(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, deep_supervision=False)
-    network = network.to(choose_device(device)).eval()
+    factory = network_from_origin(_one_origin(origins), network, model.parent)
+    network = _build_to_fit(factory, (plans.configuration(name), plans.n_inputs(name), labels.n_outputs), shapes).to(choose_device(device)).eval()
     predictor = cls(Folds(network, files), plans, name, labels, device, **{'header': about.get('header', 'refuse'), **options})
-    predictor.sources = sources
+    predictor.sources, predictor.built_by = sources, {k: v for k, v in network_origin(factory).items() if k in ('name', 'digest', 'options')}
     asked = options.get('mirror', True)
     unseen = [] if mirrored is None else [a for a in predictor.mirror_axes if a not in mirrored and not isinstance(a, str)]
     if asked is True: predictor.mirror_axes = tuple(a for a in predictor.mirror_axes if a not in unseen)
     elif unseen: warnings.warn(f'mirroring along {unseen}: the training mirrored along {mirrored} only', PredictionWarning, stacklevel=3)
     return predictor
+
+def _one_origin(origins):
+    "What built the networks of all folds; raises `PredictionError` where they differ"
+    said = {file: ((o or {}).get('name', _USUAL['name']), (o or {}).get('options', {})) for file, o in origins.items()}
+    first, *others = said
+    for file in others:
+        if said[file] != said[first]:
+            raise PredictionError('the folds have different networks', file=file, found='%s %s' % said[file], expected='%s %s' % said[first] + f', as in {first.parent.name}',
+                                  fix='load them one by one (folds=...), and average their probabilities as an ensemble')
+    return origins[first]
+
+def _build_to_fit(factory, how, shapes):
+    "The network that the weights of all checkpoints fit: without deep supervision, or with it where its heads are modules of their own"
+    for deep_supervision in (False, True):
+        network = make_network(factory, *how, deep_supervision=deep_supervision)
+        mine = {k: tuple(v.shape) for k, v in network.state_dict().items()}
+        if all(mine == theirs for theirs in shapes.values()): return network
+    file, theirs = next((f, s) for f, s in shapes.items() if s != mine)
+    differs = [f'{k} {theirs.get(k, "missing")} there, {mine.get(k, "missing")} here' for k in {**theirs, **mine} if theirs.get(k) != mine.get(k)]
+    raise PredictionError('the weights do not fit the network that was built', file=file, found='; '.join(differs[:3]) + ('; ...' if len(differs) > 3 else ''),
+                          fix='use the factory and the options that it was trained with (network=..., --network)')
 
 # %% ../nbs/64_prediction.ipynb #29e28056
 @patch
@@ -202,7 +225,10 @@ def made_with(self:Predictor)->dict: # As JSON has it
     return {'configuration': self.configuration.name, 'plan': self.plans.identity(self.configuration.name),
             'networks': self.sources or [{'weights': _weights(n)} for n in self.networks],
             'step_size': self.step_size, 'mirror_axes': list(self.mirror_axes), 'precision': self.precision, 'whole_image': self.whole_image,
-            'mode': self.mode, 'export_order': self.export_order, 'export_order_z': self.export_order_z, 'postprocess': _named(self.postprocess)}
+            'mode': self.mode, 'export_order': self.export_order, 'export_order_z': self.export_order_z, 'postprocess': _named(self.postprocess),
+            **({'built_by': built} if (built := getattr(self, 'built_by', None)) and built != _USUAL else {})}
+
+_USUAL = {'name': 'segnb.network:build_network', 'digest': None, 'options': {}} # what built the network of most models
 
 def _weights(network):
     "A short name of the weights in memory"
@@ -564,6 +590,7 @@ def predict_folder(self:Predictor,
     save_probabilities:bool=False,# Keep <case>.npz beside each label map: see `write_probabilities`
     maps:tuple=(),                # Images to write beside it: 'entropy', 'margin', 'probability': see `write_maps`
     previous=None,                # Folder with the label maps of the stage before, `<case>.nii.gz`
+    executor=None,                # A Dask client, whose workers predict the cases unless `n_workers` is 0; None: that of `use_executor`
 )->list:                          # Label map files, one a case of this part
     "Segment every case of a folder; a failing case is named at the end and the others go on; raises `PredictionError`"
     self._refuse_probabilities(save_probabilities or maps)
@@ -572,7 +599,9 @@ def predict_folder(self:Predictor,
     remove_stale_parts(out)
     made = self._claim(out, jobs, overwrite)
     todo = [job for job in jobs if not _is_done(job, save_probabilities, maps)]
-    failed = self._run(todo, out, made, progress, n_workers, save_probabilities, maps)
+    cluster = None if n_workers == 0 else current_executor() if executor is None else executor
+    run = partial(self._run, n_workers=n_workers) if cluster is None else partial(self._run_there, cluster)
+    failed = run(todo, out, made, progress, save_probabilities=save_probabilities, maps=maps)
     written = [job.target for job in jobs if job.case not in failed]
     if not failed: return written
     error = PredictionError(f'{len(failed)} of {len(jobs)} cases failed' + f', the others are in {out}'*(len(failed) < len(jobs)) + ':\n  ' + '\n  '.join(failed.values()))
@@ -631,3 +660,55 @@ def case_sentence(
     kind = '' if isinstance(error, (SegnbError, OSError)) else f'{type(error).__name__}: '
     advice = ' (the device ran out of memory: predict on the CPU, or with a larger step_size or precision fp16)' if 'out of memory' in str(error).lower() else ''
     return f'{case}: {kind}{error}{advice}'
+
+# %% ../nbs/64_prediction.ipynb #ff3aa82c
+_turn = threading.Lock() # in a worker: one case at a time
+
+class _Elsewhere:
+    "Predict cases in another process, which loads the model itself"
+    loaded = {}             # there: {recipe: Predictor}, the last one
+
+    def __init__(self, predictor, made, save_probabilities, maps):
+        self.made, self.save_probabilities, self.maps, self.recipe = made, save_probabilities, maps, _recipe(predictor)
+
+    def predictor(self):
+        if isinstance(self.recipe, Predictor): return self.recipe
+        if (key := repr(self.recipe)) not in self.loaded:
+            self.loaded.clear()
+            found = Predictor.from_folder(**self.recipe)
+            if (made := json.loads(json.dumps(found.made_with()))) != self.made:
+                raise PredictionError('a worker of the cluster finds another model', file=self.recipe['model'], found=[k for k in made if made[k] != self.made.get(k)], fix='let all machines see the same model folder')
+            self.loaded[key] = found
+        return self.loaded[key]
+
+    def __call__(self, job):
+        try:
+            with _turn:
+                p, note = self.predictor(), job.target.parent/'made_with.json'
+                ready = _read_ready(job, p.plans, p.configuration, p.labels, p.header)
+                if not note.exists(): write_json(self.made, note)
+                p.bring_home(p._ask(ready), ready.properties, ready.geometry, job.target, _beside(job.target) if self.save_probabilities else None, self.maps)
+            return ready.words, None
+        except Exception as error: return (), case_sentence(job.case, error)
+
+# %% ../nbs/64_prediction.ipynb #8ec6a502
+def _recipe(predictor):
+    "How to make the same predictor from its model folder; the predictor itself where it has none"
+    if predictor.sources is None or not isinstance(predictor.networks, Folds): return predictor
+    files, known = predictor.networks.files, inspect.signature(Predictor.__init__).parameters
+    options = {k: getattr(predictor, k) for k in known if k not in ('device', 'configuration', 'networks', 'plans', 'labels', 'progress') and hasattr(predictor, k)}
+    return options | dict(model=files[0].parent.parent.absolute(), folds=[f.parent.name[5:] for f in files], checkpoint=files[0].stem.removeprefix('checkpoint_'),
+                          device=predictor.asked_device, mirror=predictor.mirror_axes)
+
+@patch
+def _run_there(self:Predictor, executor, jobs, out, made, progress, save_probabilities, maps):
+    "Let a cluster predict and write cases; {case: what went wrong} of those that failed"
+    failed, there = {}, cluster_map(executor, _Elsewhere(self, made, save_probabilities, maps), jobs, [job.case for job in jobs], 'predicting')
+    if not jobs: return failed
+    with contextlib.closing(there), tqdm(total=len(jobs), desc='predicting', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)) as bar:
+        for i, kind, value, _ in there:
+            words, wrong = value if kind == 'done' else ((), f'{jobs[i].case}: {value}')
+            for text in words: warnings.warn(f'{jobs[i].case}: {text}', PredictionWarning, stacklevel=4)
+            if wrong: failed[jobs[i].case] = wrong
+            bar.update()
+    return failed
