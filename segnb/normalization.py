@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'NormalizationError', 'normalize_zscore', 'normalize_ct', 'normalize_ct2', 'rescale_to_01', 'rgb_to_01',
-           'Scheme', 'register_scheme', 'find_scheme', 'CT', 'CT2', 'NonCT', 'NoNorm', 'Rescale01', 'RGB', 'normalize']
+           'Scheme', 'register_scheme', 'find_scheme', 'CT', 'CT2', 'NonCT', 'NoNorm', 'Rescale01', 'RGB', 'normalize',
+           'ZScoreV2']
 
 # %% ../nbs/31_normalization.ipynb #a04e8a1e
 import numpy as np
@@ -227,3 +228,15 @@ def normalize(
             _normalize_channel(data[c], c, scheme, inside if masked else None, intensities)
         except NormalizationError as e: raise NormalizationError(f'channel {c}, scheme {name}: {e}') from e
     return data
+
+# %% ../nbs/31_normalization.ipynb #713a62fb
+@register_scheme
+class ZScoreV2(Scheme):
+    "The z-score as nnU-Net v2 writes it: the sd is at least 1e-8, and what lies outside the mask stays"
+    name, needs = 'zscore_v2', ('mask',)
+    def __call__(self, channel, mask=None, statistics=None):
+        inside = channel if mask is None else channel[mask]
+        if not inside.size: return channel
+        mean, sd, flat = inside.mean(), max(inside.std(), np.float32(1e-8)), inside.min() == inside.max()
+        channel[... if mask is None else mask] = 0 if flat else (inside - mean) / sd
+        return channel

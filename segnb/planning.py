@@ -249,7 +249,7 @@ _SHARED_RULES = dict(
     name=(_name, 'text'), batch_size=_COUNT, spacing=_MM, median_shape=_SIZE, do_dummy_2d_data_aug=_FLAG, base_num_features=_COUNT,
     max_num_features=_COUNT, batch_dice=_FLAG, previous_stage=(_maybe(_name), 'null, or the name of a configuration'),
     architecture=(_one_of(ARCHITECTURES), ', '.join(ARCHITECTURES)), blocks_per_stage_encoder=_BLOCKS, blocks_per_stage_decoder=_BLOCKS,
-    normalize_first=_FLAG, previous_like_seg=_FLAG,
+    normalize_first=_FLAG, previous_like_seg=_FLAG, previous_whole=_FLAG,
     resampling=(_maybe(_resampling), 'null, or for data, seg and probabilities a function of RESAMPLERS and its settings'),
     aggregate=(_one_of(AGGREGATES), ', '.join(AGGREGATES)), network_options=(_maybe(_network_options), 'null, or norm, activation, bias and eps'))
 
@@ -276,6 +276,7 @@ class Configuration:
     normalize_first: bool = False          # normalise before resampling, as nnU-Net v2, not after it
     resampling: dict = None                # {data, seg, probabilities: function of `RESAMPLERS` and its settings}; None: as nnU-Net v1
     previous_like_seg: bool = False        # resample the map of the stage before as a truth, as nnU-Net v2 predicts
+    previous_whole: bool = False           # squeeze that map whole into the cropped image, as nnU-Net v1 predicts
     aggregate: str = 'probabilities'       # what windows, mirrored copies and folds are averaged as, one of `AGGREGATES`
     network_options: dict = None           # norm, activation, bias, eps of the blocks; None: those of the architecture
 
@@ -313,6 +314,12 @@ def _n_features(c)->tuple: # one number a stage, bottleneck last
     "Give the features of each stage"
     return tuple(min(c.base_num_features * 2 ** i, c.max_num_features) for i in range(len(c.conv_kernel_sizes)))
 
+def _way_back(c): # a dict that goes into the properties of a case, or None: nnU-Net v1's way
+    "Say what the network's answers are on their way back, and how they are resampled"
+    if c.aggregate == 'probabilities' and c.resampling is None: return None
+    return {'scores': c.aggregate, 'resampling': (c.resampling or _resampling({}))['probabilities']}
+
+Configuration.way_back = property(_way_back)
 Configuration.dimensions, Configuration.data_configuration = property(_dimensions), property(_data_configuration)
 Configuration.strides, Configuration.features_per_stage = property(_strides), property(_n_features)
 
@@ -643,6 +650,21 @@ def _advice(p):
     if round(p.trace['median_shape'][p.transpose_forward[0]]) <= 1: return ['Advice', '  the median case is a single slice: train 2d']
     return ['Advice', f"  train {', '.join(p.configurations)}, and let cross-validation choose; 3d_fullres alone is a good start"]
 
+def _taken_from(p):
+    "Say who decided, where no search for a patch is on record"
+    o = p.trace.get('official') or {}
+    return f"taken from {o.get('system', 'another plan')}, {o.get('plans', 'its plans')} ({o.get('trainer', 'trainer unknown')})"
+
+def _explain_ways(c):
+    "Say what is done otherwise than in nnU-Net v1; nothing, where nothing is"
+    lines = ['  normalised before it is resampled, not after it'] if c.normalize_first else []
+    for what, how in (c.resampling or {}).items():
+        lines.append(f"  {what} resampled by {', '.join(f'{k} {v}' for k, v in how.items()).replace('function ', '', 1)}")
+    if c.aggregate != 'probabilities': lines.append(f"  windows, mirrored copies and folds are averaged as {c.aggregate.replace('_half', ' in half precision')}")
+    if c.previous_like_seg: lines.append('  the map of the stage before is cropped and resampled as a truth')
+    if c.previous_whole: lines.append('  the map of the stage before is squeezed whole into the cropped image, as nnU-Net v1 predicts')
+    return lines
+
 def _explain(plans)->str: # many lines of text
     "Say every decision of the plan with its numbers"
     lines = [f"Plan by {plans.planner} for {plans.memory_gb:g} GB {plans.dataset_name}".rstrip(),
@@ -651,8 +673,11 @@ def _explain(plans)->str: # many lines of text
     lines += _explain_spacing(plans) + _explain_normalization(plans)
     for c in plans.configurations.values():
         lines.append(f'{c.name}, {_by(c.spacing[-c.dimensions:])} mm')
-        lines += _explain_cascade(plans, c) if c.previous_stage else _explain_search(plans, c) + _explain_network(c) + _explain_training(plans, c)
-    return '\n'.join(lines + _explain_low(plans) + _advice(plans))
+        if c.previous_stage: lines += _explain_cascade(plans, c)
+        elif 'configurations' in plans.trace: lines += _explain_search(plans, c) + _explain_network(c) + _explain_training(plans, c)
+        else: lines += [f'  patch {_by(c.patch_size)}, batch {c.batch_size}, {_taken_from(plans)}', *_explain_network(c)]
+        lines += _explain_ways(c)
+    return '\n'.join(lines + (_explain_low(plans) + _advice(plans) if 'configurations' in plans.trace else []))
 
 Plans.explain = _explain
 
@@ -699,6 +724,7 @@ def _draw_search(plans,
     "Draw the search for the patch: the memory estimate of every trial against the limit, and each axis's share of the median case"
     from segnb.viewer import figure, label_color
     c = plans.configuration(configuration)
+    if 'configurations' not in plans.trace: raise PlansError('no search for a patch is on record', found=_taken_from(plans))
     how, t, first = plans.trace['configurations'][c.data_configuration], plans.trace, 3 - c.dimensions
     steps, limit = how['steps'], how.get('limit', t.get('reference')) / 1e6
     fig, (left, right) = figure(1, 2, 10, 2.8)

@@ -124,7 +124,7 @@ def preprocess_case(
     if known: properties['class_locations'] = class_locations(seg, plans.labels)
     if known and regions: properties['region_locations'] = region_locations(seg, regions)
     if guided: properties['previous'], seg = np.maximum(seg, 0), np.minimum(seg, 0)
-    elif previous is not None: properties['previous'] = previous_on_grid(previous, properties)
+    elif previous is not None: properties['previous'] = previous_on_grid(previous, properties, getattr(configuration, 'previous_whole', False))
     return data, seg, properties
 
 # %% ../nbs/32_preprocessing.ipynb #c5040ff8
@@ -169,9 +169,10 @@ def previous_from_probabilities(
 def previous_on_grid(
     label_map:np.ndarray, # (Z, Y, X) of the stage before, on the grid of the files
     properties:dict,      # Of the preprocessed case: its box, axes and shape
+    whole:bool=False,     # Forget the box and squeeze the whole map in, as nnU-Net v1 does at test time: for its own models only
 )->np.ndarray:            # On the grid of the preprocessed case, uint8 (int16 beyond 127)
     "Bring a label map through the crop box and the order of axes that the image went through"
-    cut = np.asarray(label_map)[CropBox(properties['bbox']).slices].transpose(properties['transpose_forward'])
+    cut = np.asarray(label_map)[... if whole else CropBox(properties['bbox']).slices].transpose(properties['transpose_forward'])
     if cut.min() < 0: raise PreprocessingError('the label map of the stage before holds negative values',
                                                case=properties.get('identifier'), found=int(cut.min()), expected='0 or more')
     cut = np.ascontiguousarray(cut, np.uint8 if cut.max() < 128 else np.int16)
