@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'TRAINER_OPTIONS', 'V1', 'UsageError', 'find_raw', 'find_preprocessed', 'find_model', 'parser', 'main',
-           'convert', 'doctor', 'plan', 'edit_plan', 'draw_plan', 'preprocess', 'split', 'train', 'look', 'predict',
-           'evaluate', 'compare', 'postprocess', 'ensemble', 'select', 'report', 'overlay', 'demo', 'v1_form',
-           'v1_rows', 'completion']
+           'download', 'convert', 'doctor', 'plan', 'edit_plan', 'draw_plan', 'preprocess', 'split', 'train', 'look',
+           'predict', 'evaluate', 'compare', 'postprocess', 'ensemble', 'select', 'report', 'overlay', 'cascade',
+           'export_model', 'import_model', 'demo', 'v1_form', 'v1_rows', 'completion']
 
 # %% ../nbs/90_cli.ipynb #59552cda
 import argparse, contextlib, os, sys, warnings
@@ -159,6 +159,32 @@ def main(
         except (SegnbError, OSError) as error: return failed(error, 2)
         except WorkerError as error: return failed(error, 1)
         except KeyboardInterrupt: return failed('interrupted', 130)
+
+# %% ../nbs/90_cli.ipynb #d1f5029e
+def download(
+    task:str=None,    # Name, such as 'Task04_Hippocampus', or number; None: say what there is
+    raw='raw',        # Folder of raw data sets; the archive stays in `downloads` beside it
+    say=print,        # Where messages go
+    **options,        # For `segnb.samples.download`: url, md5, progress
+):                    # The new data set's folder; or the names that are known
+    "Fetch a public data set and convert it; raises `SegnbError`"
+    from segnb.samples import PUBLIC, download_task
+    if task is None:
+        for name, source in PUBLIC.items(): say(f'{name:22} {source.licence:14} {source.url}')
+        return list(PUBLIC)
+    found = [name for name in PUBLIC if name == task or task.isdecimal() and int(task) == int(name[4:6])]
+    dataset = download_task(found[0] if found else task, raw, **options)
+    say(f'{dataset.folder}: {len(dataset.cases)} cases')
+    return dataset.folder
+
+@_verb('download', 'Fetch a public data set (Medical Segmentation Decathlon), check it and convert it to the raw layout.', 'segnb download Task04_Hippocampus raw')
+def _download_arguments(p):
+    p.add_argument('task', nargs='?', help='name or number of the task (default: list them)')
+    p.add_argument('raw', nargs='?', default='raw', help='folder of raw data sets (default: raw)')
+    p.add_argument('--url', help='another address of the archive, such as a mirror')
+    p.add_argument('--md5', help='checksum of the archive there, hexadecimal')
+    _arguments(p, 'quiet', 'json')
+    return lambda a: download(a.task, a.raw, progress=not a.quiet, **{k: v for k, v in dict(url=a.url, md5=a.md5).items() if v})
 
 # %% ../nbs/90_cli.ipynb #86778c76
 KINDS = ('decathlon', 'brats', 'nnunet', 'pairs', 'pictures')
@@ -318,8 +344,8 @@ def edit_plan(
 def _imposed(plans, fingerprint, name):
     "Plans of another data set for this one, noted under the other's name"
     import re
-    from segnb.planning import impose_plans
-    return impose_plans(plans, fingerprint, 'from_' + re.sub(r'[^A-Za-z0-9_-]', '_', plans.dataset_name or 'elsewhere'), name)
+    from segnb.transfer import transfer_plans
+    return transfer_plans(plans, fingerprint, 'from_' + re.sub(r'[^A-Za-z0-9_-]', '_', plans.dataset_name or 'elsewhere'), name)
 
 def _change(text):
     "KEY=VALUE with numbers, several of them with commas"
@@ -452,6 +478,7 @@ def train(
     mirror:bool=True,                 # Mirror at validation
     checkpoint:str='final',           # Which network is validated: 'final' or 'best'
     save_probabilities:bool=False,    # Keep the probabilities of the validation cases
+    hand_on:bool=True,                # First stage of a cascade: hand the fold's label maps to the second stage
     say=print,                        # Where messages go
     **options,                        # For `Trainer`: epochs, minutes, iterations, seed, device, precision, ...
 )->Path:                              # The model folder
@@ -472,7 +499,22 @@ def train(
             result = validate_fold(model, fold, data, checkpoint=checkpoint, save_probabilities=save_probabilities, overwrite=not resume,
                                    device=world.device, mirror=mirror, progress=options.get('progress', True))
             if world.main: say(format_table(result))
+        if hand_on and world.main: _hand_on(data, model, fold, checkpoint, say, device=world.device, mirror=mirror, progress=options.get('progress', True))
     return model
+
+# %% ../nbs/90_cli.ipynb #2c3df514
+def _hand_on(data, model, fold, checkpoint, say, **how):
+    "Hand the label maps of a first stage to the second, where the plan has one"
+    from segnb.planning import Plans
+    plans = Plans.load(data/'plans.json')
+    for c in plans.configurations.values():
+        if c.previous_stage != model.name: continue
+        line = f'segnb cascade {data.name} -c {c.name}'
+        if not (data/c.data_configuration).is_dir(): say(f'{c.name} has no preprocessed cases yet, so the label maps are not handed on; {line} does it later')
+        else:
+            from segnb.cascade import prepare_next_stage
+            done = prepare_next_stage(data, model, [fold], c.name, checkpoint=checkpoint, **how)
+            say(f'{len(done)} label maps handed to {c.name}; when all folds have: segnb train {data.name} 0 -c {c.name}, or {line}')
 
 # %% ../nbs/90_cli.ipynb #d8982669
 def _as_before(folder, options):
@@ -530,6 +572,16 @@ def look(
 TRAINER_OPTIONS = ('epochs', 'minutes', 'initial_lr', 'iterations', 'val_iterations', 'patience', 'optimizer', 'schedule', 'warmup', 'weight_decay', 'momentum', 'loss', 'augmentation', 'mirror_axes',
                    'oversample', 'sampling', 'seed', 'deterministic', 'device', 'precision', 'engine', 'compile', 'channels_last', 'checkpointing', 'n_folds')
 
+def _length_arguments(p):
+    "Add how long a training is"
+    add = p.add_argument_group('length').add_argument
+    add('--epochs', type=int, default=None, help='epochs (default: 1000)')
+    add('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time')
+    add('--iterations', type=int, default=None, help='training iterations an epoch (default: 250)')
+    add('--val-iterations', type=int, default=None, help='validation iterations an epoch (default: 50)')
+    add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
+    return add
+
 def _recipe_arguments(add):
     "Add what changes the training recipe"
     add('--lr', dest='initial_lr', type=float, default=None, help='initial learning rate (default: 0.01)')
@@ -560,15 +612,11 @@ def _train_arguments(p):
     _arguments(p, 'dataset')
     p.add_argument('fold', help="number of the fold, or 'all'")
     _arguments(p, 'workspace', 'configuration', 'quiet', 'json')
-    add = p.add_argument_group('length').add_argument
-    add('--epochs', type=int, default=None, help='epochs (default: 1000)')
-    add('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time')
-    add('--iterations', type=int, default=None, help='training iterations an epoch (default: 250)')
-    add('--val-iterations', type=int, default=None, help='validation iterations an epoch (default: 50)')
-    add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
+    add = _length_arguments(p)
     add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end; --examples, --tensorboard and --freeze-encoder are given again; with --validation-only: leave the cases that are predicted')
     add('--overwrite', action='store_true', help='train again where a training is already; what is there is lost')
     _recipe_arguments(p.add_argument_group('recipe (the defaults are nnU-Net v1)').add_argument)
+    _start_arguments(p.add_argument_group('network and start').add_argument)
     _speed_arguments(p.add_argument_group('speed'))
     add = p.add_argument_group('seeing').add_argument
     add('--examples', type=int, metavar='N', default=None, help='every N epochs write a page of patches with prediction and reference')
@@ -579,6 +627,36 @@ def _train_arguments(p):
     add('--random-fold', action='store_true', help='let a fold beyond the last be a random 80:20 split, as nnU-Net v1 does')
     return _run_train
 
+# %% ../nbs/90_cli.ipynb #c35282ed
+def _renaming(text):
+    "OURS=THEIRS, for argparse"
+    ours, equals, theirs = text.partition('=')
+    if not (equals and ours and theirs): raise argparse.ArgumentTypeError(f"'{text}' is not OURS=THEIRS")
+    return ours, theirs
+
+def _start_arguments(add):
+    "Add which network is trained, and with which weights it begins"
+    add('--network', metavar='PLACE', help="a function that builds the network: package.module:function, or file.py:function (default: the plan's U-Net)")
+    add('--from', dest='source', metavar='MODEL', help='begin with the weights of another model: its folder, a checkpoint, or a .pt or .safetensors file')
+    add('--from-fold', default=None, metavar='FOLD', help='fold of that folder (default: the first that is trained)')
+    add('--from-checkpoint', default='final', choices=['final', 'best', 'latest'], help='network of that fold (default: final)')
+    add('--rename', nargs='+', type=_renaming, metavar='OURS=THEIRS', help='channels and classes that are called otherwise there')
+    add('--fresh-channels', action='store_true', help='channels that the source lacks begin with chance (default: with the average of its own)')
+    for part in ('encoder', 'decoder', 'head'): add(f'--lr-{part}', type=float, default=None, help=f'initial learning rate of the {part} (default: as --lr)')
+
+def _started(a, options):
+    "Options of `Trainer` with those of a training that begins with another model's weights"
+    if a.source is None:
+        if given := [name for name in ('from_fold', 'rename', 'lr_encoder', 'lr_decoder', 'lr_head') if getattr(a, name) is not None]:
+            raise UsageError(f"--{given[0].replace('_', '-')} says how to begin with another model: name it with --from")
+        return options
+    from segnb.transfer import fine_tuning
+    if a.resume: raise UsageError('--continue goes on with what the run began with: leave --from out')
+    rest = dict(rename=dict(a.rename)) if a.rename else {}
+    begun = fine_tuning(a.source, fold=a.from_fold, checkpoint=a.from_checkpoint, lr_encoder=a.lr_encoder, lr_decoder=a.lr_decoder, lr_head=a.lr_head, initial_lr=options.get('initial_lr', .01),
+                        optimizer=options.get('optimizer', 'sgd'), **({'new_channels': 'new'} if a.fresh_channels else {}), **rest)
+    return options | begun | {'callbacks': (*begun['callbacks'], *options['callbacks'])}
+
 # %% ../nbs/90_cli.ipynb #3329d81d
 def _validation_arguments(group):
     "Add what happens when a training has ended"
@@ -587,6 +665,7 @@ def _validation_arguments(group):
     group.add_argument('--validation-only', action='store_true', help='only predict the validation cases')
     group.add_argument('--validate', default='final', choices=['final', 'best'], help='which checkpoint is validated (default: final)')
     group.add_argument('--save-probabilities', action='store_true', help='keep the probabilities of the validation cases; segnb select makes those that it needs and does not find')
+    group.add_argument('--no-next-stage', action='store_true', help='first stage of a cascade: do not hand label maps to the second stage')
 
 def _speed_arguments(group):
     "Add who computes, where and how"
@@ -600,11 +679,12 @@ def _speed_arguments(group):
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
-    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a))
+    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a)) | ({'network': a.network} if a.network else {})
+    options = _started(a, options)
     if a.probe or a.find_lr:
         found = look(a.dataset, a.workspace, a.configuration, a.fold, 'probe' if a.probe else 'learning rate', **options)
         return {'suggested_lr': found.suggestion} if a.find_lr else {'probe': str(found)}
-    model = train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta, a.validate, a.save_probabilities, **options)
+    model = train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta, a.validate, a.save_probabilities, not a.no_next_stage, **options)
     folder = model/f'fold_{a.fold}'
     return {'model': model, 'fold': a.fold, 'validation': _scores(folder/('validation' if a.validate == 'final' else 'validation_best'))}
 
@@ -1041,6 +1121,129 @@ def _overlay_arguments(p):
     p.add_argument('--channel', type=_count, default=0, metavar='N', help='channel to draw (default: 0)')
     return lambda a: {'pictures': overlay(a.dataset, a.output, a.workspace, a.prediction, a.channel, not a.quiet)}
 
+# %% ../nbs/90_cli.ipynb #e8cce5d3
+def cascade(
+    dataset:str,                            # Data set planned before: folder, name or number
+    workspace='workspace',                  # The workspace
+    configuration:str='3d_cascade_fullres', # The second stage
+    folds=None,                             # Folds of the second stage; None: all
+    look:bool=False,                        # Only say what is done, missing or stale
+    say=print,                              # Where messages go
+    **options,                              # For `segnb.cascade.build_cascade`: first_folds, first, predict, validate, progress, and options of `Trainer`
+):                                          # `Examination`
+    "Do what is missing or stale of a cascade; raises `SegnbError`"
+    from segnb.cascade import build_cascade, examine_cascade
+    from segnb.dataset import Dataset
+    data = find_preprocessed(dataset, Path(workspace))
+    try: raw = Dataset(find_raw(data.name, Path(workspace)))
+    except UsageError: raw = None # then what is preprocessed must do
+    models, kept = Path(workspace)/'models'/data.name, {k: options[k] for k in ('first_folds', 'validate') if k in options}
+    if not look: return build_cascade(data, models, configuration, folds, dataset=raw, say=say, **options)
+    found = examine_cascade(data, models, configuration, folds, dataset=raw, **kept)
+    say(found.explain())
+    return found
+
+@_verb('cascade', 'Train both stages of a cascade: what is missing or stale is done, and said.', 'segnb cascade 7 -w workspace --look')
+def _cascade_arguments(p):
+    _arguments(p, 'dataset', 'workspace')
+    p.add_argument('-c', '--configuration', default='3d_cascade_fullres', help='the second stage (default: 3d_cascade_fullres)')
+    p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help="folds of the second stage, or 'all' (default: every fold)")
+    p.add_argument('--first-folds', nargs='+', metavar='FOLD', help='folds of the first stage (default: every fold, so that each case is predicted by a network that never saw it)')
+    p.add_argument('--look', action='store_true', help='only say what is done, missing or stale')
+    p.add_argument('--no-validation', action='store_true', help='do not score the held-back cases')
+    _arguments(p, 'quiet', 'json', 'no_mirroring')
+    _length_arguments(p)
+    _recipe_arguments(p.add_argument_group('recipe of both stages (the defaults are nnU-Net v1)').add_argument)
+    _speed_arguments(p.add_argument_group('speed'))
+    return _run_cascade
+
+def _run_cascade(a):
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+    given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name, None)) not in (None, 'auto')} | ({} if a.workers is None else {'n_workers': a.workers})
+    options = {} if a.look else dict(progress=not a.quiet, predict={'mirror': False} if a.disable_tta else None, **given)
+    found = cascade(a.dataset, a.workspace, a.configuration, a.folds, a.look, first_folds=a.first_folds, validate=not a.no_validation, **options)
+    return found.to_dict()
+
+# %% ../nbs/90_cli.ipynb #ac8b4a72
+def _model_of(model, workspace, configuration=None):
+    "A model's folder, given itself or found by the name or number of its data set"
+    return Path(model) if Path(model).is_dir() else find_model(model, Path(workspace), configuration)
+
+def export_model(
+    model,                # Model folder (of a configuration, or of a task with several), or data set by name or number
+    file=None,            # The file to write; None: named after the model, here
+    workspace='workspace',# The workspace
+    configurations=None,  # Names; None: all that are trained
+    say=print,            # Where messages go
+    **options,            # For `segnb.exchange.export_model`: folds, checkpoint, licence, description, citation
+)->Path:                  # The file
+    "Put a trained model into one file; raises `SegnbError`"
+    from segnb import exchange
+    single = len(configurations or []) == 1 and not (Path(model)/'plans.json').exists()
+    folder = _model_of(model, workspace, None)
+    if single: folder, configurations = folder/configurations[0], None
+    name = f'{folder.parent.name}_{folder.name}' if (folder/'plans.json').exists() else folder.name
+    card = exchange.export_model(folder, file or f'{name}.segnb', configurations=configurations, **options)
+    say(f'{card.file}\n{card}')
+    return card.file
+
+# %% ../nbs/90_cli.ipynb #e86b22c1
+@_verb('export-model', 'Put a trained model into one file.', 'segnb export-model 4 -w workspace -c 3d_fullres -o hippocampus.segnb --licence CC-BY-4.0')
+def _export_model_arguments(p):
+    p.add_argument('model', help='model folder, or data set by name or number')
+    _arguments(p, 'workspace', 'json')
+    p.add_argument('-o', '--output', metavar='FILE', help='the file to write (default: named after the model, in this folder)')
+    p.add_argument('-c', '--configurations', nargs='+', metavar='CONFIGURATION', help='configurations (default: all that are trained)')
+    p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help='folds (default: all that are trained)')
+    p.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which network of each fold (default: final)')
+    for name, text in (('licence', 'under which the model may be used'), ('description', 'what it does'), ('citation', 'what to cite')): p.add_argument(f'--{name}', help=text)
+    return lambda a: {'file': export_model(a.model, a.output, a.workspace, a.configurations, folds=a.folds, checkpoint=a.checkpoint, licence=a.licence, description=a.description, citation=a.citation)}
+
+# %% ../nbs/90_cli.ipynb #27ff05d6
+def _kind_of(source):
+    "'segnb', 'v1' or 'v2': whose model a file or folder holds"
+    import zipfile
+    if source.is_dir(): names = [f.relative_to(source).as_posix() for f in source.rglob('*') if f.suffix in ('.pkl', '.json', '.pth')]
+    else:
+        try:
+            with zipfile.ZipFile(source) as z: names = z.namelist()
+        except (OSError, zipfile.BadZipFile): return 'segnb' # whose reader says what is wrong with it
+    if any(n.endswith('plans.pkl') for n in names): return 'v1'
+    return 'v2' if any(n.endswith('.pth') for n in names) and 'manifest.json' not in names else 'segnb'
+
+def import_model(
+    source,                # A file of `segnb export-model`; a folder or zip file of a model of nnU-Net v1 or v2
+    out=None,              # The folder to make; None: in the workspace, named after data set and configuration
+    workspace='workspace', # The workspace
+    overwrite:bool=False,  # Replace what is there
+    describe:bool=False,   # Only say what is in a file of `segnb export-model`
+    say=print,             # Where messages go
+)->Path:                   # The folder
+    "Make an ordinary model folder of a model from elsewhere, which is verified first; raises `SegnbError`"
+    from segnb import exchange
+    source = Path(source)
+    if not source.exists(): raise UsageError(f'there is no {source}')
+    if (kind := _kind_of(source)) == 'segnb':
+        card = exchange.describe_model(source)
+        say(str(card))
+        if describe: return card.manifest
+        if out is None:
+            out = Path(workspace)/'models'/str(card.trained_on.get('dataset') or source.stem)
+            if not len(card.configurations) > 1: out = out/next(iter(card.configurations))
+        made = exchange.import_model(source, out, overwrite=overwrite)
+    else: made = (exchange.load_nnunet_v1 if kind == 'v1' else exchange.load_nnunet_v2)(source, out or Path(workspace)/'models', overwrite=overwrite)
+    say(f'{made}: segnb predict -i IMAGES -o OUT -m {made}')
+    return made
+
+@_verb('import-model', 'Make a model folder of a model file, or of a model of nnU-Net v1 or v2; everything is verified first.', 'segnb import-model hippocampus.segnb -w workspace')
+def _import_model_arguments(p):
+    p.add_argument('source', help='a file of segnb export-model; a folder or zip file of a model of nnU-Net v1 or v2')
+    _arguments(p, 'workspace', 'json')
+    p.add_argument('-o', '--output', metavar='FOLDER', help='the folder to make (default: in the workspace, named after data set and configuration)')
+    p.add_argument('--overwrite', action='store_true', help='replace what is there')
+    p.add_argument('--describe', action='store_true', help='only say what is in a file of segnb export-model')
+    return lambda a: {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe)}
+
 # %% ../nbs/90_cli.ipynb #c135ab39
 def demo(
     out='demo',                        # Folder for everything; made if needed
@@ -1098,7 +1301,6 @@ def _run_demo(a):
 _ONE_PLAN = 'not needed: a workspace holds one plan a data set; for another plan take another -w'
 _RECIPE = 'not needed: what a class of trainers held is options of segnb train, and the model folder remembers them'
 _CASCADE = 'not needed: the model folder knows that it is the second stage'
-_EXCHANGE = 'not yet: comes with the chapter on exchange (84)'
 
 V1 = {
     'variables': ('segnb plan 4 -w WORKSPACE', {
@@ -1125,13 +1327,13 @@ _TRAIN = {
     '--val_folder': 'not needed: the best and the final network are validated into folders of their own',
     '--disable_saving': 'not needed: to look without training: --probe; checkpoints are three files a fold',
     '--disable_postprocessing_on_folds': 'not needed: post-processing is decided over all folds, by segnb postprocess or segnb select',
-    '-pretrained_weights': 'not yet: comes with the chapter on transfer (83)'}
+    '-pretrained_weights': '--from MODEL'}
 
 _PARALLEL = {'-gpus': 'segnb train 4 0; several GPUs: torchrun --nproc_per_node 2 -m segnb.cli train 4 0', '--local_rank': 'not needed: torchrun says it',
              '--dbs': 'not needed: the batch of the plan is always divided among the processes; for another: segnb plan 4 --edit 3d_fullres batch_size=4'}
 _ONLY_ONE = ('--disable_validation_inference', '--val_disable_overwrite', '--disable_next_stage_pred')
 
-V1['nnUNet_train'] = 'segnb train 4 0', _TRAIN | dict(zip(_ONLY_ONE, ('--no-validation', '--validation-only --continue', 'not yet: handing the maps of the first stage to the second comes with the chapter on the cascade (80)')))
+V1['nnUNet_train'] = 'segnb train 4 0', _TRAIN | dict(zip(_ONLY_ONE, ('--no-validation', '--validation-only --continue', '--no-next-stage')))
 V1['nnUNet_train_DP'] = 'segnb train 4 0', _TRAIN | {k: _PARALLEL[k] for k in ('-gpus', '--dbs')}
 V1['nnUNet_train_DDP'] = 'segnb train 4 0', _TRAIN | {k: _PARALLEL[k] for k in ('--local_rank', '--dbs')}
 
@@ -1159,8 +1361,10 @@ _ZOO = 'not needed: no list of models to download is kept; v1\'s can be had from
 V1 |= {
     'nnUNet_print_available_pretrained_models': (_ZOO, {'--export': _ZOO}), 'nnUNet_print_pretrained_model_info': (_ZOO, {'task_name': _ZOO}), 'nnUNet_download_pretrained_model': (_ZOO, {'task_name': _ZOO}),
     'nnUNet_download_pretrained_model_by_url': ('not needed: download the file with a browser or curl', {'url': 'not needed: download the file with a browser or curl'}),
-    'nnUNet_export_model_to_zip': (_EXCHANGE, dict.fromkeys(('-t', '-o', '-m', '-tr', '-trc', '-pl', '--disable_strict', '-f'), _EXCHANGE)),
-    'nnUNet_install_pretrained_model_from_zip': (_EXCHANGE, {'zip': _EXCHANGE}),
+    'nnUNet_export_model_to_zip': ('segnb export-model 4', {
+        '-t': 'segnb export-model 4', '-o': '-o FILE', '-m': '-c 3d_fullres', '-tr': _RECIPE, '-trc': _CASCADE, '-pl': _ONE_PLAN, '-f': '-f 0 1 2 3 4',
+        '--disable_strict': 'not needed: what is trained is exported, and the file says which folds'}),
+    'nnUNet_install_pretrained_model_from_zip': ('segnb import-model FILE', {'zip': 'segnb import-model FILE'}),
     'nnUNet_change_trainer_class': ('not needed: no class is looked up by its name when a model is loaded', dict.fromkeys(('-i', '-tr'), 'not needed: no class is looked up by its name when a model is loaded'))}
 
 def v1_form(

@@ -1,0 +1,82 @@
+"""The variations by the command: models from one file to the next, a training that begins with another model, downloads, the look at a cascade."""
+import json
+
+import numpy as np
+import pytest
+
+from conftest import files
+from segnb.image import read_label_map
+
+FEW = ('--device', 'cpu', '-q', '-j', 0)
+SHORT = ('--epochs', 1, '--iterations', 2, '--val-iterations', 1, '--no-validation', *FEW)
+
+
+def succeeded(said):
+    assert said.returncode == 0 and 'Traceback' not in said.stderr, said.stdout + said.stderr
+    return said.stdout
+
+
+def refused(said, *words):
+    assert said.returncode == 2 and 'Traceback' not in said.stderr, said.stdout + said.stderr
+    assert all(w in said.stderr for w in words), said.stderr
+
+
+def test_a_model_comes_back_from_its_file_and_predicts_the_same(ct, segnb, tmp_path):
+    file = tmp_path/'organ.segnb'
+    said = succeeded(segnb('export-model', ct.raw.name, '-w', ct.workspace, '-c', '3d_fullres', '-o', file, '--licence', 'CC0-1.0', '--description', 'two organs'))
+    assert str(file) in said and 'CC0-1.0' in said
+    described = json.loads(succeeded(segnb('import-model', file, '--describe', '--json', '-')))['description']
+    assert described['licence'] == 'CC0-1.0' and not (tmp_path/'workspace').exists()
+    made = json.loads(succeeded(segnb('import-model', file, '-w', tmp_path/'workspace', '--json', '-')))['model']
+    assert made == str(tmp_path/'workspace'/'models'/ct.raw.name/'3d_fullres')
+    refused(segnb('import-model', file, '-w', tmp_path/'workspace'), 'already')
+    succeeded(segnb('import-model', file, '-w', tmp_path/'workspace', '--overwrite'))
+    succeeded(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out', '-m', made, *FEW))
+    for f in sorted(ct.predictions.glob('*.nii.gz')): assert np.array_equal(read_label_map(f)[0], read_label_map(tmp_path/'out'/f.name)[0])
+
+
+def test_a_model_folder_and_a_task_travel(ct, segnb, tmp_path):
+    succeeded(segnb('export-model', ct.model, '-o', tmp_path/'one.segnb'))
+    succeeded(segnb('export-model', ct.model.parent, '-o', tmp_path/'all.segnb'))
+    made = json.loads(succeeded(segnb('import-model', tmp_path/'one.segnb', '-o', tmp_path/'mine', '--json', '-')))['model']
+    assert made == str(tmp_path/'mine') and {'plans.json', 'dataset.json'} <= set(files(tmp_path/'mine'))
+
+
+@pytest.mark.parametrize('content', [b'', b'no model', b'PK\x03\x04 and no more'])
+def test_what_is_no_model_is_refused(content, segnb, tmp_path):
+    (tmp_path/'model.segnb').write_bytes(content)
+    refused(segnb('import-model', tmp_path/'model.segnb', '-w', tmp_path/'workspace'), 'model.segnb')
+    assert not (tmp_path/'workspace').exists()
+
+
+def test_a_missing_model_is_named(segnb, tmp_path):
+    refused(segnb('import-model', tmp_path/'nothing.zip'), 'nothing.zip')
+    refused(segnb('export-model', 'Task077_Nothing', '-w', tmp_path), 'Task077_Nothing')
+
+
+def test_a_training_begins_with_another_model_and_says_what_was_taken(ct, segnb, tmp_path):
+    work = tmp_path/'work'
+    succeeded(segnb('plan', ct.raw, '-w', work, '--overwrite-plans', ct.model/'plans.json', '-j', 0))
+    succeeded(segnb('preprocess', ct.raw.name, '-w', work, '-c', '3d_fullres', '-j', 0))
+    succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--from', ct.model, '--lr-encoder', .001, '--freeze-encoder', 1, *SHORT))
+    folder = work/'models'/ct.raw.name/'3d_fullres'/'fold_0'
+    transfer = json.loads((folder/'record.json').read_text(encoding='utf-8'))['transfer']
+    assert {row['fate'] for row in transfer['rows']} == {'taken'} and len(transfer['rows']) > 10
+    assert 'taken' in (folder/'log.txt').read_text(encoding='utf-8')
+    succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--epochs', 2, '--no-validation', *FEW))   # goes on by itself
+    refused(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--from', ct.model, *SHORT), '--from')
+
+
+def test_options_of_a_start_need_a_start(ct, segnb):
+    refused(segnb('train', ct.raw.name, 0, '-w', ct.workspace, '--lr-encoder', .001, *SHORT), '--from')
+    refused(segnb('train', ct.raw.name, 0, '-w', ct.workspace, '--from', '/nowhere', '--overwrite', *SHORT), '/nowhere')
+
+
+def test_a_plan_without_a_cascade_says_so(ct, segnb):
+    refused(segnb('cascade', ct.raw.name, '-w', ct.workspace, '--look'), '3d_cascade_fullres')
+
+
+def test_downloads_are_listed_and_strange_names_refused(segnb, tmp_path):
+    assert 'Task04_Hippocampus' in succeeded(segnb('download'))
+    refused(segnb('download', 'Task77_Nothing', tmp_path/'raw'), 'Task77_Nothing', 'Task04_Hippocampus')
+    refused(segnb('download', 'Task94_Toy', tmp_path/'raw', '--url', 'http://127.0.0.1:9/Task94_Toy.tar', '--md5', '0'*32, '-q'), 'cannot be fetched')
