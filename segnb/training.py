@@ -245,7 +245,7 @@ def _set_up(t):
     t.dtype = choose_precision(t.precision, t.torch_device)
     if t.n_workers is None: t.n_workers = 1 if t.torch_device.type == 'cpu' else default_workers()
     t.folder = t.model/f'fold_{t.fold}'
-    t.factory = find_factory(t.network) if isinstance(t.network, str) else t.network
+    t.factory, t.channels_asked = find_factory(t.network) if isinstance(t.network, str) else t.network, t.channels_last
     if t.network_options: t.factory = functools.partial(t.factory, **t.network_options)
     _check_cases(t)
     _reset(t)
@@ -295,7 +295,7 @@ def _check_model_folder(t):
 # %% ../nbs/53_training.ipynb #652f05a6
 def _reset(t):
     "Fresh weights, optimiser and history"
-    if t.channels_last is None: t.channels_last = t.factory is build_network and t.torch_device.type == 'cpu' and t.plan.dimensions == 3
+    if t.channels_asked is None: t.channels_last = t.factory is build_network and t.torch_device.type == 'cpu' and t.plan.dimensions == 3
     options = {name: True for name in ('channels_last', 'checkpointing') if getattr(t, name)}
     t.origin = network_origin(t.factory)
     with torch.random.fork_rng(devices=[]):
