@@ -603,7 +603,7 @@ def _rules(rule):
 def _tools():
     "The packages that write ONNX"
     try:
-        import onnx, onnxscript
+        import onnx, onnxscript # which torch uses
         return onnx
     except ImportError as error: raise DeploymentError(f'{error.name} is not installed', fix='pip install onnx onnxscript onnxruntime') from None
 
@@ -632,31 +632,22 @@ def _simple(network, axes):
 
 # %% ../nbs/86_deployment.ipynb #5dc794e5
 def _write_network(network, shape, file, opset):
-    "Write one network as ONNX; gives the file"
+    "Write one network as ONNX; gives how far onnxruntime is from torch, as a part of the largest logit, None where it is not installed"
     import torch
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(None):
-            warnings.simplefilter('ignore')
-            program = torch.onnx.export(network, (torch.zeros(2, *shape),), dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), opset_version=opset,
-                                        input_names=['image'], output_names=['logits'], verbose=False)
-            program.save(file, external_data=False)
-    except Exception as error:
-        raise DeploymentError('torch cannot write this network as ONNX', found=_cause(error), fix='try another opset, or simpler operations in the network') from error
-    finally: logging.disable(before)
-    _tools().checker.check_model(str(file))
-    return file
-
-
-def _write_weights(network, first, file):
-    "Write a network of the same build with other weights, which is faster; gives False where the weights have other names in ONNX"
-    onnx, weights = _tools(), {k: v.numpy() for k, v in network.state_dict().items()}
-    model = onnx.load(str(first))
-    if {t.name: tuple(t.dims) for t in model.graph.initializer} != {k: v.shape for k, v in weights.items()}: return False
-    for t in model.graph.initializer: t.CopyFrom(onnx.numpy_helper.from_array(weights[t.name], t.name))
-    onnx.save(model, str(file))
-    return True
+    example, names, before = torch.zeros(2, *shape), dict(input_names=['image'], output_names=['logits'], opset_version=opset, verbose=False), logging.root.manager.disable
+    ways = [dict(dynamo=False, dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}), # torch's tracer takes a second,
+            dict(dynamo=True, dynamic_shapes=({0: torch.export.Dim('batch', min=1)},), external_data=False)] # its newer way ten; it knows more networks
+    for way in ways:
+        logging.disable(logging.WARNING)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(None):
+                warnings.simplefilter('ignore')
+                torch.onnx.export(network, (example,), str(file), **names, **way)
+            _tools().checker.check_model(str(file))
+            return _check_network(file, network, shape)
+        except Exception as error:
+            if way is ways[-1]: raise error if isinstance(error, DeploymentError) else DeploymentError('torch cannot write this network as ONNX', found=_cause(error), fix='try another opset, or simpler operations in the network') from error
+        finally: logging.disable(before)
 
 
 def _cause(error):
@@ -666,12 +657,10 @@ def _cause(error):
 
 
 def _check_network(file, network, shape):
-    "Largest difference between onnxruntime and torch for one sample and for two, as a part of the largest logit; None: onnxruntime is not installed"
+    "Ask both about one sample and about two; raise where they differ"
     import torch
     try: ours = open_network(Path(file), None, 'onnxruntime')
-    except ValueError:
-        warnings.warn('the ONNX files are not checked against torch: pip install onnxruntime', stacklevel=3)
-        return None
+    except ValueError: return warnings.warn('the ONNX files are not checked against torch: pip install onnxruntime', stacklevel=4)
     example = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(): answer = network(example).numpy()
     off = max(float(np.abs(ours(x) - y).max()) for x, y in ((example.numpy(), answer), (example.numpy()[:1], answer[:1])))/float(np.abs(answer).max() + 1e-12)
@@ -699,13 +688,10 @@ def export_onnx(
     part.mkdir()
     try:
         shape = (predictor.plans.n_inputs(predictor.configuration.name), *predictor.configuration.patch_size)
-        first = None
         for i, network in enumerate(predictor.networks):
-            name = f"fold_{predictor.sources[i]['fold']}.onnx" if predictor.sources else f'network_{i}.onnx'
-            network, file = _simple(network, len(shape) - 1), part/name
-            if first is None or not _write_weights(network, first, file): first = _write_network(network, shape, file, opset)
-            off = _check_network(file, network, shape)
-            how['networks'].append({'file': name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'difference_from_torch': off and float(f'{off:.2g}')})
+            file = part/(f"fold_{predictor.sources[i]['fold']}.onnx" if predictor.sources else f'network_{i}.onnx')
+            off = _write_network(_simple(network, len(shape) - 1), shape, file, opset)
+            how['networks'].append({'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest(), 'difference_from_torch': off and float(f'{off:.2g}')})
         write_json(how, part/'pipeline.json')
         (part/'run.py').write_text(runner_source(), encoding='utf-8')
         if out.exists(): shutil.rmtree(out)
