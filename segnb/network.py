@@ -521,7 +521,7 @@ def find_factory(
     if not where or not inner:
         raise NetworkError('this does not name a network', found=repr(name), expected="'package.module:function' or 'path/file.py:function'")
     in_file = where.endswith('.py')
-    if in_file and not Path(where).is_file(): raise NetworkError('the file of the network is not there', file=where, found=f'looked in {Path.cwd()}')
+    if in_file and not Path(where).is_file(): raise NetworkError('the file of the network is not there', file=Path(where).absolute())
     try: module = _load_file(where) if in_file else importlib.import_module(where)
     except Exception as error:
         problem, fix = (("the network's file cannot be run", 'repair it') if in_file else
@@ -584,7 +584,8 @@ def network_origin(
             'file' if name.startswith(_FROM_FILE) else 'module')
     file = getattr(module, '__file__', None)
     source = None if kind == 'segnb' else _source(factory, module if named else None)
-    try: package = f"{name.split('.')[0]} {importlib.metadata.version(name.split('.')[0])}" if kind == 'module' else None
+    top = name.partition('.')[0] if kind == 'module' else None
+    try: package = top and f'{top} {importlib.metadata.version(top)}'
     except importlib.metadata.PackageNotFoundError: package = None
     kept, lost = {}, []
     for key, value in options.items():
@@ -652,7 +653,7 @@ def network_from_origin(
     same = now['digest'] == origin.get('digest') if now['digest'] and origin.get('digest') else now['name'] == origin.get('name')
     if not same:
         warnings.warn(f"the network was trained with {origin.get('name')} ({origin.get('digest')}) and is built with {now['name']} ({now['digest']})"
-                      + ('' if asked else ': the source has changed since'), NetworkWarning, stacklevel=3)
+                      + ('' if asked else ': its source has changed since'), NetworkWarning, stacklevel=3)
     taken = inspect.signature(bare).parameters.values()
     known = {p.name for p in taken} if not any(p.kind is p.VAR_KEYWORD for p in taken) else None
     options = {k: _lively(v) for k, v in (origin.get('options') or {}).items() if not asked or known is None or k in known} | own

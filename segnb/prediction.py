@@ -190,7 +190,7 @@ def from_folder(cls:Predictor,
     factory = network_from_origin(_one_origin(origins), network, model.parent)
     network = _build_to_fit(factory, (plans.configuration(name), plans.n_inputs(name), labels.n_outputs), shapes).to(choose_device(device)).eval()
     predictor = cls(Folds(network, files), plans, name, labels, device, **{'header': about.get('header', 'refuse'), **options})
-    predictor.sources, predictor.built_by = sources, {k: v for k, v in network_origin(factory).items() if k in ('name', 'digest', 'options')}
+    predictor.sources, predictor.built_by = sources, _built_by(factory)
     asked = options.get('mirror', True)
     unseen = [] if mirrored is None else [a for a in predictor.mirror_axes if a not in mirrored and not isinstance(a, str)]
     if asked is True: predictor.mirror_axes = tuple(a for a in predictor.mirror_axes if a not in unseen)
@@ -229,6 +229,11 @@ def made_with(self:Predictor)->dict: # As JSON has it
             **({'built_by': built} if (built := getattr(self, 'built_by', None)) and built != _USUAL else {})}
 
 _USUAL = {'name': 'segnb.network:build_network', 'digest': None, 'options': {}} # what built the network of most models
+
+def _built_by(factory):
+    "What the answers depend on of a factory: not where it lies"
+    origin = network_origin(factory)
+    return {'name': origin['name'].rpartition(':')[2] if origin['digest'] else origin['name'], 'digest': origin['digest'], 'options': origin['options']}
 
 def _weights(network):
     "A short name of the weights in memory"
