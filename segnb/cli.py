@@ -1244,6 +1244,26 @@ def _import_model_arguments(p):
     p.add_argument('--describe', action='store_true', help='only say what is in a file of segnb export-model')
     return lambda a: {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe)}
 
+# %% ../nbs/90_cli.ipynb #6cb65b0c
+@_verb('export-onnx', 'Write networks as ONNX, with the pipeline as JSON and a script that needs numpy and onnxruntime alone.', 'segnb export-onnx 4 -w workspace -o hippocampus_onnx')
+def _export_onnx_arguments(p):
+    p.add_argument('model', help='model folder, or data set by name or number')
+    _arguments(p, 'workspace', 'configuration', 'json')
+    p.add_argument('-o', '--output', metavar='FOLDER', required=True, help='the folder to write')
+    p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help='folds (default: all that are trained)')
+    p.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which network of each fold (default: final)')
+    p.add_argument('--opset', type=_positive, default=18, help='version of the operations of ONNX (default: 18)')
+    p.add_argument('--no-postprocessing', action='store_true', help='leave out the post-processing that is stored with the model')
+    p.add_argument('--overwrite', action='store_true', help='replace an earlier export')
+    return _run_export_onnx
+
+def _run_export_onnx(a):
+    from segnb.deployment import export_onnx
+    folder = _model_of(a.model, a.workspace, a.configuration)
+    out = export_onnx(folder, a.output, a.folds, a.checkpoint, opset=a.opset, postprocessing=not a.no_postprocessing, overwrite=a.overwrite)
+    print(f'{out}: python {out}/run.py IMAGE... LABELS.nii.gz')
+    return {'folder': out}
+
 # %% ../nbs/90_cli.ipynb #c135ab39
 def demo(
     out='demo',                        # Folder for everything; made if needed
