@@ -136,7 +136,8 @@ class Predictor:
         if mode not in MODES: raise PredictionError('there is no such mode', found=mode, expected=', '.join(MODES))
         self.step_size, self.progress, self.batch_size, self.accumulate = step_size, progress, batch_size, accumulate
         self.whole_image, self.mode, self.postprocess, self.header = whole_image, mode, postprocess, header
-        said = plans.trace.get('segmentation_export_params') or {}
+        said, back = plans.trace.get('segmentation_export_params') or {}, self.configuration.way_back
+        if back: said = {'interpolation_order': back['resampling'].get('order', 1), 'interpolation_order_z': back['resampling'].get('order_z', 0)}
         self.export_order = said.get('interpolation_order', 1) if export_order is None else export_order
         self.export_order_z = said.get('interpolation_order_z', 0) if export_order_z is None else export_order_z
         self.mirror_axes, self.sources = self._axes(mirror), None
@@ -256,7 +257,8 @@ def _question(self:Predictor, data, previous=None, direction=None):
         if previous is None: raise PredictionError('the second stage of a cascade needs the label map of the first', expected=f'a prediction of {c.previous_stage}')
         data = np.concatenate([data, [previous == label for label in sorted(self.labels.foreground)]], dtype=np.float32)
     return dict(image=data, patch_size=c.patch_size, n_outputs=self.labels.n_outputs, step_size=self.step_size, mirror_axes=self._axes_of(direction), device=self.device,
-                precision=self.precision, regions=bool(self.labels.regions), batch_size=self.batch_size, accumulate=self.accumulate, progress=self.progress)
+                precision=self.precision, regions=bool(self.labels.regions), batch_size=self.batch_size, accumulate=self.accumulate, progress=self.progress,
+                aggregate=c.aggregate)
 
 # %% ../nbs/64_prediction.ipynb #a47aa042
 @patch
@@ -280,7 +282,7 @@ def predict_preprocessed(self:Predictor,
     data:np.ndarray,          # (C, Z, Y, X) float32 from `preprocess_case`
     previous:np.ndarray=None, # (Z, Y, X) label map of the stage before, class indices; needed by a cascade's second stage
     direction=None,           # 9 floats of the `Geometry`; needed where mirror axes are named
-)->np.ndarray:                # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing
+)->np.ndarray:                # (K, Z, Y, X) float32 probabilities in the plan's axes and spacing; logits where the plan aggregates those
     "Average the networks' sliding-window probabilities; raises `PredictionError`"
     if not self.whole_image: return predict_sliding_window(self.networks, **self._question(data, previous, direction))
     return np.concatenate([slab for _, slab in self.predict_slabs(data, previous, direction)], 1)
@@ -339,18 +341,27 @@ def _make_ready(array, spacing, plans, configuration, case=None, geometry=None, 
 @patch
 def _finish(self:Predictor, slabs, properties):
     "Label map on the grid of the image, from slabs or from probabilities"
+    properties = self._way_back(properties)
     if self.mode == 'normal': labels = to_original_grid(slabs, properties, self.labels, order=self.export_order, order_z=self.export_order_z)
     else:
         decided = np.zeros(properties['shape_after_resampling'], np.int16)
-        for start, slab in [(0, slabs)] if isinstance(slabs, np.ndarray) else slabs: decided[start:start + slab.shape[1]] = _decide(slab, self.labels)
+        half = 0. if self.configuration.aggregate.startswith('logits') else .5
+        for start, slab in [(0, slabs)] if isinstance(slabs, np.ndarray) else slabs: decided[start:start + slab.shape[1]] = _decide(slab, self.labels, half)
         labels = label_map_to_original_grid(decided, properties, self.labels, order=1 if self.mode == 'fast' else 0)
     return labels if self.postprocess is None else self.postprocess(labels, tuple(properties['spacing']))
 
-def _decide(slab, labels):
-    "The class of every voxel of a slab"
+@patch
+def _way_back(self:Predictor, properties):
+    "The properties with the way back that this plan and these options name, whatever they said when the case was preprocessed"
+    back, orders = self.configuration.way_back, {'order': self.export_order, 'order_z': self.export_order_z}
+    if back and back['resampling']['function'] == 'spline': back = {**back, 'resampling': {**back['resampling'], **orders}}
+    return {**properties, 'way_back': back} if back or 'way_back' in properties else properties
+
+def _decide(slab, labels, half=.5):
+    "The class of every voxel of a slab; `half`: the score of a region that is as likely as not"
     if not labels.regions: return slab.argmax(0)
     out = np.zeros(slab.shape[1:], np.int16)
-    for p, k in zip(slab, labels.region_order): out[p > .5] = k
+    for p, k in zip(slab, labels.region_order): out[p > half] = k
     return out
 
 # %% ../nbs/64_prediction.ipynb #82f85d03
@@ -385,7 +396,7 @@ def predict(self:Predictor,
     if not return_probabilities: return self._finish(self.predict_slabs(*asked), ready.properties)
     probabilities = self.predict_preprocessed(*asked)
     labels = self._finish(probabilities, ready.properties)
-    return labels, probabilities_to_original_grid(probabilities, ready.properties, bool(self.labels.regions))
+    return labels, probabilities_to_original_grid(probabilities, self._way_back(ready.properties), bool(self.labels.regions))
 
 # %% ../nbs/64_prediction.ipynb #be46197a
 @patch
@@ -400,7 +411,7 @@ def bring_home(self:Predictor,
     "Do all that comes after the network: decide, post-process, write; raises `SegnbError`"
     file = Path(file)
     if self.mode == 'normal':
-        return export_case(slabs, properties, self.labels, geometry, file, probabilities_file=probabilities_file, maps=tuple(maps), maps_prefix=file.with_name(_stem(file)),
+        return export_case(slabs, self._way_back(properties), self.labels, geometry, file, probabilities_file=probabilities_file, maps=tuple(maps), maps_prefix=file.with_name(_stem(file)),
                            order=self.export_order, order_z=self.export_order_z, postprocess=self.postprocess)
     self._refuse_probabilities(probabilities_file or maps)
     labels = self._finish(slabs, properties)

@@ -433,6 +433,7 @@ def _there_carried(run, *args):
 
 # %% ../nbs/13_workers.ipynb #1e0eb94f
 _AT_ONCE = 500  # tasks that a cluster is given at a time
+_PATIENCE = 300 # seconds without a single worker after which a cluster that lost them is given up
 
 def _answer(future):
     "The outcome that a future holds; ('failed', text, traceback) if the engine has none"
@@ -487,7 +488,7 @@ class _Dask(_Pool):
     "Tasks in the hands of a Dask cluster"
     def __init__(self, executor, fn, step):
         super().__init__(executor, fn, step)
-        self.run, self.keys, self.lost = f'{step}-{uuid.uuid4().hex[:8]}', {}, queue.SimpleQueue()
+        self.run, self.keys, self.lost, self.empty = f'{step}-{uuid.uuid4().hex[:8]}', {}, queue.SimpleQueue(), None
         executor.register_plugin(_plugin(self.run, fn), name=self.run)
         executor.subscribe_topic('all', self.hear)
 
@@ -510,6 +511,18 @@ def answers(self:_Dask, futures):
     except Exception: found = {} # a worker died with some of them: one by one
     for _ in range(self.lost.qsize()): warnings.warn(self.lost.get(), WorkerWarning, stacklevel=5)
     return found | {i: _answer(f) for i, f in futures.items() if i not in found}
+
+@patch
+def finished(self:_Dask):
+    found = _Pool.finished(self)
+    if found or self.executor.scheduler_info(n_workers=-1)['workers']: self.empty = None
+    elif self.empty is None:
+        self.empty = time.monotonic()
+        warnings.warn(f'{self.step}: the cluster has no workers; the run waits for them', WorkerWarning, stacklevel=5)
+    elif self.keys and time.monotonic() - self.empty > _PATIENCE:
+        left = [name for key, name in self.keys.items() if any(f.key == key for f in self.futures.values())]
+        raise WorkerError(f'{self.step}: the cluster has had no workers for {_PATIENCE} s; without a result: {_short(left)}. Look at its logs, start workers, and run again', unfinished=left, step=self.step)
+    return found
 
 @patch
 def close(self:_Dask):
