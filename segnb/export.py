@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from .cropping import CropBox, uncrop
 from .image import SegnbError, whole_file, write_image, write_label_map
-from .resampling import apply_along, nearest_index, resample_image, sample_positions, separate_axis, spline_matrix
+from .resampling import apply_along, nearest_index, resample_as, resample_image, sample_positions, separate_axis, spline_matrix
 from .transforms import _Kernel
 
 # %% ../nbs/63_export.ipynb #71bd4339
@@ -236,6 +236,7 @@ def to_original_grid(
     order_z:int=0,        # Spline order along the coarse axis, 0 to 3
 )->np.ndarray:            # (Z, Y, X) label map on the grid of the original image, uint8 or uint16
     "Decide the label of every original voxel plane by plane; raises `ExportError`"
+    if case_properties.get('way_back'): return _by_plan(probabilities, case_properties, labels)[0]
     way = _WayBack(case_properties, order, order_z)
     if not way.streams: return _class_by_class(probabilities, case_properties, labels, order, order_z)
     decider = _Decider(way, labels)
@@ -306,6 +307,7 @@ def probabilities_to_original_grid(
     order_z:int=0,        # Spline order along the coarse axis, 0 to 3
 )->np.ndarray:            # (K, Z, Y, X) float32 on the grid of the original image
     "Give the probabilities on the original grid; outside the crop box it is background; raises `ExportError`"
+    if case_properties.get('way_back'): probabilities, case_properties = _OtherWay(case_properties, regions).at_home(probabilities)
     way, out = _WayBack(case_properties, order, order_z), None
     def empty(n):
         out = np.zeros((n, *way.shape), np.float32)
@@ -379,6 +381,7 @@ def write_probabilities(
     file,            # .npz to write; its folder is made
 ):
     "Keep probabilities as compressed float16 with the way back, whole or not at all; raises `ExportError`"
+    if properties.get('way_back'): raise ExportError('this plan resamples before it keeps', case=properties.get('identifier'), fix='use export_case')
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     _pack(_pass(probabilities, properties, keep=True, folder=Path(file).parent), properties, file)
 
@@ -440,6 +443,7 @@ def write_maps(
     maps:tuple=MAPS, # Some of 'entropy', 'margin' and 'probability'
 )->dict:             # The files: {'entropy': Path, 'margin': Path, 'probability_1_liver': Path, ...}
     "Write how sure the network was as images of the original geometry, 0 to 1; raises `ExportError`"
+    if properties.get('way_back'): probabilities, properties = _OtherWay(properties, bool(labels.regions)).at_home(probabilities, labels)
     found = _Maps(_WayBack(properties), labels, maps)
     array = _pass(probabilities, properties, labels, found.sinks, keep='probability' in maps)
     return found.write(array, properties, geometry, prefix)
@@ -464,14 +468,78 @@ def export_case(
         raise ExportError('where shall the maps go?', file=file, fix='give maps_prefix, such as maps/case_7')
     way, found = _WayBack(properties, order, order_z), _Maps(_WayBack(properties), labels, maps)
     _same_grid(way, geometry, file)
-    decider = _Decider(way, labels) if way.streams else None
-    keep = probabilities_file is not None or 'probability' in maps or not way.streams
+    keep = probabilities_file is not None or 'probability' in maps
     Path(file).parent.mkdir(parents=True, exist_ok=True)
-    sinks, dtype = found.sinks + [decider]*way.streams, np.float16 if way.streams else np.float32
-    array = _pass(probabilities, properties, labels, sinks, keep, dtype, Path(file).parent)
-    decided = decider.result if way.streams else _class_by_class(array, properties, labels, order, order_z)
+    if properties.get('way_back'): decided, array, properties = _by_plan(probabilities, properties, labels, found, keep, Path(file).parent)
+    else:
+        decider = _Decider(way, labels) if way.streams else None
+        sinks, dtype = found.sinks + [decider]*way.streams, np.float16 if way.streams else np.float32
+        array = _pass(probabilities, properties, labels, sinks, keep or not way.streams, dtype, Path(file).parent)
+        decided = decider.result if way.streams else _class_by_class(array, properties, labels, order, order_z)
     if postprocess is not None: decided = postprocess(decided, tuple(properties['spacing']))
     if probabilities_file is not None: write_probabilities(array, properties, probabilities_file)
     if maps: found.write(array, properties, geometry, maps_prefix)
     save_label_map(decided, geometry, file)
     return decided
+
+# %% ../nbs/63_export.ipynb #9430a446
+class _OtherWay:
+    "The way back of answers that a plan treats otherwise than nnU-Net v1: what they are, and how they are resampled"
+    def __init__(self, properties, regions):
+        self.properties, self.regions, self.way = properties, regions, _WayBack(properties)
+        self.scores, settings = properties['way_back']['scores'], dict(properties['way_back']['resampling'])
+        way, self.settings, usual = self.way, settings, dict(order=1, order_z=0, threshold=3., separate=None)
+        self.old_mm, self.new_mm = list(properties['spacing_after_resampling']), [properties['spacing'][i] for i in way.forward]
+        order, order_z, threshold, separate = (settings.get(k, v) for k, v in usual.items())
+        alone = separate_axis(self.old_mm, self.new_mm, threshold, separate)
+        if settings['function'] == 'none' and way.old != way.new:
+            raise ExportError('the plan resamples nothing, but the grids differ', case=properties.get('identifier'), found=way.old, expected=way.new)
+        self.streams = settings['function'] != 'torch' and max(order, order_z) < 2
+        self.half = self.scores == 'logits_half' and settings['function'] == 'spline'
+        way.orders = tuple(order_z if i == alone else order for i in range(3))
+        if self.streams: way.taps = [_taps(*ends) for ends in zip(way.old, way.new, way.orders)]
+
+    def planes(self, scores, labels=None): # (place, (K, Y, X)) on the cropped original grid, in the axes of the plan
+        ready, rounded = [], (lambda s: s.astype(np.float16).astype(np.float32)) if self.half else lambda s: s
+        if self.streams:
+            mixer = _Mixer(self.way, lambda new, mixed: ready.append((new, mixed)))
+            for z, plane in _planes(scores, self.properties, labels):
+                mixer(z, plane)
+                while ready: yield ready[0][0], rounded(ready.pop(0)[1])
+        else:
+            old = _pass(scores, self.properties, labels, keep=True, dtype=np.float32)
+            new = np.empty((len(old), *self.way.new), np.float32)
+            for one, into in zip(old, new): into[:] = resample_as(self.settings, np.asarray(one, np.float32)[None], self.way.new, self.old_mm, self.new_mm)[0]
+            for z in range(new.shape[1]): yield z, rounded(new[:, z])
+
+    def believe(self, s): # probabilities
+        if self.scores == 'probabilities': return s
+        if self.regions: return 1/(1 + np.exp(-s))
+        e = np.exp(s - s.max(0))
+        return e/e.sum(0)
+
+    def home(self): # properties of probabilities that lie on the cropped original grid
+        return {k: v for k, v in self.properties.items() if k != 'way_back'} | {'shape_after_resampling': self.way.new, 'spacing_after_resampling': self.new_mm}
+
+    def at_home(self, scores, labels=None): # (probabilities there, their properties)
+        spool = _Spool(self.home(), np.float32, None)
+        for z, s in self.planes(scores, labels): spool(z, self.believe(s))
+        return spool.array, self.home()
+
+# %% ../nbs/63_export.ipynb #cb3850ff
+def _by_plan(scores, properties, labels, maps=None, keep=False, folder=None):
+    "Label map on the original grid, and where `keep` the probabilities at home with their properties, of answers that a plan treats in its own way"
+    way = _OtherWay(properties, bool(labels.regions))
+    table = labels.decode(np.array([0, *labels.region_order] if labels.regions else range(labels.n_outputs)))
+    result, spool = np.zeros(way.way.shape, table.dtype), _Spool(way.home(), np.float16, folder) if keep else None
+    view = way.way.view(result)
+    for z, s in way.planes(scores, labels):
+        wanted = labels.regions or keep or (maps is not None and maps.images)
+        p, winner = way.believe(s) if wanted else None, np.zeros(s.shape[1:], np.intp)
+        if labels.regions:
+            for k, one in enumerate(p): winner[one > .5] = k + 1
+        else: winner = s.argmax(0)
+        view[z] = table[winner]
+        if keep: spool(z, p)
+        if maps is not None and maps.images: maps.fill(z, p)
+    return result, spool.array if keep else None, way.home()
