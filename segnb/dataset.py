@@ -499,6 +499,13 @@ BRATS_CHANNELS = {'t1': 'T1', 't1ce': 'T1ce', 't2': 'T2', 'flair': 'FLAIR'}  # i
 BRATS_LABELS = {'labels': {'background': 0, 'necrotic core': 1, 'edema': 2, 'enhancing': 4}}
 BRATS_REGIONS = {'labels': {'background': 0, 'whole tumour': [1, 2, 4], 'tumour core': [1, 4], 'enhancing': 4}, 'regions_class_order': [2, 1, 4]}
 
+_BRATS_NEW = {'t2f': 'flair', 't1c': 't1ce', 't1n': 't1', 't2w': 't2', 'segm': 'seg'}  # names of 2023 and later, where enhancing is 3
+
+def _with_enhancing(declared, value):
+    "The declaration with another value for the enhancing part"
+    def put(v): return [put(i) for i in v] if isinstance(v, list) else value if v == 4 else v
+    return {k: {n: put(i) for n, i in v.items()} if isinstance(v, dict) else put(v) for k, v in declared.items()}
+
 def convert_brats(
     source,               # Folder with BraTS20_Training_001, ...; folders for training and validation may lie in it, too
     out,                  # Folder to make, such as raw/Task082_BraTS2020
@@ -507,11 +514,12 @@ def convert_brats(
     link:str='auto',      # As in `convert_decathlon`
 )->Dataset:               # The new data set; with `dry_run` a `Conversion`
     "Make a data set of BraTS folders; patients without truth become cases to predict; raises DatasetError listing every file that is missing"
-    source, found, wrong = Path(source), {}, []
+    source, found, wrong, enhancing = Path(source), {}, [], 4
     for file in sorted(source.rglob('*')):
-        m = re.search(r'_(flair|t1ce|t1|t2|segm?)\.nii(\.gz)?$', file.name, re.I)
+        m = re.search(r'[_-](flair|t2f|t1ce|t1c|t1n|t1|t2w|t2|segm?)\.nii(\.gz)?$', file.name, re.I)
         if not m or file.name.startswith('.') or not file.is_file(): continue
-        kind, case = 'seg' if m[1].lower() == 'segm' else m[1].lower(), file.parent.name
+        kind, case = _BRATS_NEW.get(m[1].lower(), m[1].lower()), file.parent.name
+        enhancing = 3 if m[1].lower() in ('t2f', 't1c', 't1n', 't2w') else enhancing
         if (known := found.setdefault(case, {}).setdefault(kind, file)) is not file:
             wrong.append(f'case {case}: two files for {kind}, {known.name} and {file.name}')
     if not found:
@@ -523,7 +531,7 @@ def convert_brats(
     if wrong: raise _listed('BraTS needs four channels per patient, and seg for training', source, wrong)
     train, test = ({c: ([f[k] for k in BRATS_CHANNELS], f.get('seg')) for c, f in found.items() if ('seg' in f) == known}
                    for known in (True, False))
-    json = _description(out, BRATS_CHANNELS.values(), BRATS_REGIONS if regions else BRATS_LABELS)
+    json = _description(out, BRATS_CHANNELS.values(), _with_enhancing(BRATS_REGIONS if regions else BRATS_LABELS, enhancing))
     return _carry_out(Conversion(source, Path(out), json, train, test, notes=tuple(_junk(source))), dry_run, link, 0)
 
 # %% ../nbs/14_dataset.ipynb #bcf880db
