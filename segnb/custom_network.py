@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['split_windows', 'join_windows', 'WindowAttention', 'SwinBlock', 'SwinUNet', 'build_swin_unet', 'NetworkCheck',
-           'check_network']
+           'check_network', 'stored_source', 'build_monai']
 
 # %% ../nbs/82_custom_network.ipynb #c2c7935e
-import functools, inspect
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -70,7 +70,8 @@ class WindowAttention(nn.Module):
         q, k, v = self.qkv(parts).reshape(b, t, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
         table = q @ k.transpose(-2, -1) * (c // self.heads)**-.5 + self.offsets[self.index].permute(2, 0, 1)
         if any(sides):
-            real = split_windows(F.pad(torch.ones(1, *grid, 1, dtype=torch.bool, device=x.device), sides), self.window)[..., 0] # (windows, T)
+            real = F.pad(torch.ones(1, *grid, 1, dtype=torch.bool, device=x.device), sides)
+            real = split_windows(real, self.window)[..., 0] # (windows, T)
             table = table.reshape(-1, len(real), self.heads, t, t).masked_fill(~real[:, None, None], -torch.inf).reshape(b, self.heads, t, t)
         out = self.proj((table.softmax(-1) @ v).transpose(1, 2).reshape(b, t, c))
         out = join_windows(out, self.window, padded.shape[1:-1])
@@ -109,7 +110,8 @@ class SwinUNet(nn.Module):
         super().__init__()
         pools, kernels, features = configuration.pool_op_kernel_sizes, configuration.conv_kernel_sizes, features_per_level(configuration)
         conv, larger = (nn.Conv2d, nn.ConvTranspose2d) if len(kernels[0]) == 2 else (nn.Conv3d, nn.ConvTranspose3d)
-        if any(n % channels_per_head for n in features[1:]): raise NetworkError('the features cannot be shared by heads', found=features[1:], expected=f'multiples of {channels_per_head}')
+        if any(n % channels_per_head for n in features[1:]):
+            raise NetworkError('the features cannot be shared by heads', found=features[1:], expected=f'multiples of {channels_per_head}')
         self.deep_supervision, self.divisor, size = deep_supervision, (1,) * len(kernels[0]), tuple(configuration.patch_size)
         self.stem = nn.Sequential(ConvBlock(in_channels, features[0], kernels[0]), ConvBlock(features[0], features[0], kernels[0]))
         self.merge, self.levels, self.up, self.decoder, self.heads = (nn.ModuleList() for _ in range(5))
@@ -154,15 +156,17 @@ class NetworkCheck:
     parameters:int     # Learned numbers
     step_bytes:int     # What one training step keeps for the way back, without weights
     losses:list        # Loss on one batch of noise, step after step
-    divisor:tuple      # Sizes of whole images must be multiples of this, an axis; 0: only the patch itself is taken
+    divisor:tuple      # By how much whole images may be larger than the patch, in steps, an axis; 0: only the patch itself is taken
     origin:dict        # As `network_origin` gives it
     problems:list = field(default_factory=list) # Sentences
 
     def __repr__(self):
+        again = {'segnb': 'part of segnb', 'module': 'by its module', 'file': 'by its file'}.get(self.origin['kind'], 'only if it is handed in')
+        memory = (self.step_bytes + 12 * self.parameters) / 2**20
         rows = [('outputs', ', '.join(' × '.join(map(str, s)) for s in self.outputs)), ('weights in the loss', ', '.join(f'{w:.2f}' for w in self.weights)),
-                ('parameters', f'{self.parameters:,}'), ('memory of a step', f'{(self.step_bytes + 16 * self.parameters) / 2**20:,.1f} MB (weights, gradients, momenta, features)'),
-                ('loss', ' -> '.join(f'{v:.3f}' for v in self.losses)), ('sizes it takes', ' × '.join(f'{d}n' if d else 'the patch' for d in self.divisor)),
-                ('found again', {'segnb': 'part of segnb', 'module': 'by its module', 'file': 'by its file'}.get(self.origin['kind'], 'only if it is handed in'))]
+                ('parameters', f'{self.parameters:,}'), ('memory of a step', f'{memory:,.1f} MB (weights, gradients, momenta, features of 2 patches)'),
+                ('loss', ' -> '.join(f'{v:.3f}' for v in self.losses)), ('found again', again),
+                ('steps of size', ' × '.join(str(d) if d else 'none: the patch only' for d in self.divisor))]
         return '\n'.join([self.name] + [f'  {k:<20}{v}' for k, v in rows] + [f'  problem: {p}' for p in self.problems])
 
 # %% ../nbs/82_custom_network.ipynb #274b3505
@@ -208,7 +212,8 @@ def _train_on_noise(net, in_channels, shapes, steps, patch_size):
     try:
         for _ in range(steps):
             kept.clear()
-            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t): losses.append(training_step(net.train(), criterion, optimizer, x, targets))
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+                losses.append(training_step(net.train(), criterion, optimizer, x, targets))
     finally: hook.remove()
     idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     return losses, sum(n for pointer, n in kept.items() if pointer not in own), idle
@@ -239,3 +244,39 @@ def _smallest_step(net, in_channels, patch_size, axis):
         except Exception: continue
         if list(out.shape[2:]) == shape: return step
     return 0
+
+# %% ../nbs/82_custom_network.ipynb #5d43d5f7
+def stored_source(
+    model,                  # Folder of a trained configuration
+    fold=None,              # Number of the fold, or 'all'; None: the first that is there
+    checkpoint:str='final', # 'final', 'best' or 'latest'
+)->str:                     # The text of the file that the factory lay in
+    "Give the source that a model keeps of its network; nothing of it is run; raises `NetworkError`, `CheckpointError`"
+    name = CHECKPOINTS[checkpoint]
+    files = sorted(Path(model).glob(f"fold_{'*' if fold is None else fold}/{name}"))
+    if not files: raise NetworkError('there is no such checkpoint', file=model, expected=f"fold_{'...' if fold is None else fold}/{name}")
+    origin = load_checkpoint(files[0]).get('origin') or {'name': 'segnb.network:build_network'}
+    if not origin.get('source'): raise NetworkError('the model keeps no source of its network', file=files[0], found=f"it was built by {origin['name']}")
+    return origin['source']
+
+# %% ../nbs/82_custom_network.ipynb #d6f95fcf
+def build_monai(
+    configuration,              # Object with the plan's network keys
+    in_channels:int,            # Channels of the image
+    n_outputs:int,              # Background and foreground classes, or regions
+    deep_supervision:bool=True, # Passed on to DynUNet, which knows it
+    network:str='DynUNet',      # Name of a class of `monai.networks.nets`
+    **options,                  # Further arguments of it; they win over what the plan says
+)->nn.Module:
+    "Build a network of MONAI with the numbers of the plan; raises `NetworkError` where MONAI or the network is missing"
+    try: from monai.networks import nets
+    except ImportError as error: raise NetworkError('MONAI is not installed', found=str(error), fix='pip install monai') from error
+    kind = getattr(nets, str(network), None)
+    if not isinstance(kind, type): raise NetworkError('MONAI has no such network', found=network, expected='DynUNet, UNet, SwinUNETR, SegResNet, ...')
+    axes, pools = len(configuration.patch_size), [tuple(s) for s in configuration.pool_op_kernel_sizes]
+    from_plan = {'UNet': dict(channels=features_per_level(configuration), strides=pools, num_res_units=2),
+                 'DynUNet': dict(kernel_size=[tuple(k) for k in configuration.conv_kernel_sizes], strides=[(1,) * axes, *pools],
+                                 upsample_kernel_size=pools, filters=features_per_level(configuration),
+                                 deep_supervision=deep_supervision and len(pools) > 1, deep_supr_num=max(1, len(pools) - 1)),
+                 'SwinUNETR': dict(feature_size=12 * max(1, configuration.base_num_features // 12))}
+    return kind(**dict(spatial_dims=axes, in_channels=in_channels, out_channels=n_outputs) | from_plan.get(network, {}) | options)
