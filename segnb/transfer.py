@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['INPUTS', 'OUTPUTS', 'TransferError', 'match_names', 'adapt_inputs', 'adapt_outputs', 'Source', 'input_names',
-           'output_names', 'read_source', 'Transfer', 'load_pretrained', 'Pretrained', 'fine_tuning', 'misfits',
-           'transfer_plans']
+           'output_names', 'read_source', 'Transfer', 'load_pretrained', 'misfits', 'transfer_plans', 'Pretrained',
+           'fine_tuning']
 
 # %% ../nbs/83_transfer.ipynb #39bc9829
-import copy, dataclasses, fnmatch, hashlib, html, json
+import copy, dataclasses, fnmatch, hashlib, html, json, math
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,35 +18,34 @@ from .callbacks import FreezeEncoder
 from .checkpoints import load_checkpoint
 from .image import SegnbError
 from .labels import Labels
-from .planning import Plans, PlansError, impose_plans, masks_for_norm, normalization_schemes
+from .planning import Plans, impose_plans, masks_for_norm, normalization_schemes
 from .workers import read_json, write_json
 
-# %% ../nbs/83_transfer.ipynb #ebdf6f7a
+# %% ../nbs/83_transfer.ipynb #71ca099a
 class TransferError(SegnbError):
     "Say why weights or plans of another model cannot be taken over"
 
-# %% ../nbs/83_transfer.ipynb #8a2e40ee
+def _key(name): return str(name).strip().casefold()
+
+# %% ../nbs/83_transfer.ipynb #432e7bf7
 def match_names(
-    ours,            # Names in our order
-    theirs,          # Names in the order of the source
-    rename:dict=None # {our name: what the source calls it}, where they differ
-)->list:             # For each of ours the index in the source, or None
+    ours,             # Names in our order
+    theirs,           # Names in the order of the source
+    rename:dict=None, # {our name: what the source calls it}, where they differ
+)->list:              # For each of ours the index in the source, or None
     "Find each name in the other list; capitals and spaces around do not count, and what occurs twice is found in turn"
-    places = defaultdict(deque)
-    for i, name in enumerate(theirs): places[str(name).strip().casefold()].append(i)
-    called = {str(k).strip().casefold(): str(v).strip().casefold() for k, v in (rename or {}).items()}
-    if wrong := [(k, v) for k, v in called.items() if v not in places or k not in [str(n).strip().casefold() for n in ours]]:
-        raise TransferError('a name to translate does not exist', found=f'{wrong[0][0]!r}: {wrong[0][1]!r}', expected=f"one of {', '.join(map(str, ours))}: one of {', '.join(map(str, theirs))}")
-    keys = [called.get(k, k) for k in (str(name).strip().casefold() for name in ours)]
+    places, called = defaultdict(deque), {_key(k): _key(v) for k, v in (rename or {}).items()}
+    for i, name in enumerate(theirs): places[_key(name)].append(i)
+    keys = [called[k] if called.get(k) in places else k for k in map(_key, ours)]
     return [places[k].popleft() if places[k] else None for k in keys]
 
 # %% ../nbs/83_transfer.ipynb #f8652734
 def adapt_inputs(
-    theirs,                   # (n, C', *kernel) weights that read the source's channels
-    ours,                     # (n, C, *kernel) fresh weights that read ours
-    match:list,               # For each of our channels the one of the source, or None
-    new:str='average',        # Channels without a match: 'average' of all the source's, or 'new': keep the fresh weights
-):                            # (n, C, *kernel)
+    theirs,             # (n, C', *kernel) weights that read the source's channels
+    ours,               # (n, C, *kernel) fresh weights that read ours
+    match:list,         # For each of our channels the one of the source, or None
+    new:str='average',  # Channels without a match: 'average' of all the source's, or 'new': keep the fresh weights
+):                      # (n, C, *kernel)
     "Lay the weights of a first convolution out for other channels"
     out = ours.detach().clone()
     for c, i in enumerate(match):
@@ -65,47 +64,55 @@ def adapt_outputs(
         if i is not None: out[k] = theirs[i]
     return out
 
-# %% ../nbs/83_transfer.ipynb #4409b649
+# %% ../nbs/83_transfer.ipynb #2ada35fe
 @dataclass
 class Source:
-    "Weights of another network, and what their first and last layers mean"
+    "Weights of another network, and what its first and last layers mean"
     weights:dict                  # {name: tensor}
     channels:list = None          # Names of the input channels; None: not known
     outputs:list = None           # Names of the outputs; None: not known
-    where:str = 'a state_dict'    # For people
+    where:str = 'bare weights'    # For people
     plans:object = None           # `Plans`, where they are known
     digest:str = ''               # Names the weights
 
-def input_names(plans, configuration, labels=None):
-    "What each input channel of a network means; the second stage of a cascade reads a mask for each label of the first as well"
-    named = labels.names if labels else {k: str(k) for k in plans.labels}
+def input_names(
+    plans,         # `Plans`
+    configuration, # Name in it
+    labels=None,   # `Labels` of the data set; None: masks are called by number
+)->list:           # One name a channel
+    "Say what each input channel of a network means; the second stage of a cascade also reads a mask for each label of the first"
+    named = labels.names if labels else {}
     masks = [f'mask of {named.get(k, k)}' for k in sorted(plans.labels)] if plans.configuration(configuration).previous_stage else []
     return [*plans.channels, *masks]
 
-def output_names(labels):
-    "What each output of a network means: regions, or classes with background first"
+def output_names(
+    labels, # `Labels` of the data set
+)->list:    # One name an output
+    "Say what each output of a network means: a region, or a class with background first"
     return list(labels.regions) or [labels.names[k] for k in range(labels.n_outputs)]
 
+# %% ../nbs/83_transfer.ipynb #d0ca177f
 def _digest(weights):
+    "A short name of weights"
     sha = hashlib.sha256()
-    for k, v in sorted(weights.items()): sha.update(k.encode() + repr(tuple(v.shape)).encode() + v.detach().contiguous().view(torch.uint8).numpy().tobytes() if v.numel() else k.encode())
+    for name, v in sorted(weights.items()): sha.update(f'{name} {v.dtype} {tuple(v.shape)}'.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]
 
-# %% ../nbs/83_transfer.ipynb #2ada35fe
 def _tensors(file):
-    "A state_dict from a file of torch or safetensors"
+    "A state_dict from a file of torch or safetensors, without running code from it"
     try:
         if file.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(file)
         found = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as error: raise TransferError('the weights cannot be read safely', file=file, found=(str(error).splitlines() or [''])[0][:200], expected='a state_dict in a .pt or .safetensors file') from None
+    except Exception as error:
+        raise TransferError('the weights cannot be read safely', file=file, found=(str(error).splitlines() or [''])[0][:200], expected='a state_dict in a .pt or .safetensors file') from None
     for key in ('network', 'network_weights', 'state_dict', 'model_state_dict', 'model'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     return found
 
 def _plain_names(weights, where):
-    "Without what wrappers put in front of every name"
+    "Without what wrappers put in front of every name; refuses what is no weights, and numbers that are none"
     if not isinstance(weights, dict) or not weights or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in weights.items()):
         raise TransferError('there are no weights', file=where, found=type(weights).__name__, expected='{name: tensor}')
     for front in ('module.', '_orig_mod.', 'module.'):
@@ -113,7 +120,7 @@ def _plain_names(weights, where):
     if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]: raise TransferError('the weights hold NaN or infinity', file=where, found=bad[0])
     return weights
 
-# %% ../nbs/83_transfer.ipynb #d0ca177f
+# %% ../nbs/83_transfer.ipynb #cde0b2c2
 def read_source(
     source,                   # Model folder, fold folder, checkpoint, .pt or .safetensors file with a state_dict, or a state_dict
     fold=None,                # Of a model folder; None: the first that is trained
@@ -134,7 +141,7 @@ def read_source(
     plans, about = Plans.from_dict(state['plans']), next((f/'dataset.json' for f in file.absolute().parents[:2] if (f/'dataset.json').exists()), None)
     labels, weights = Labels.from_dict(read_json(about), about) if about else None, _plain_names(state['network'], file)
     where = f"{plans.dataset_name or 'a model'} {state['configuration']}, fold {state['fold']}, {file.name} of epoch {state['epoch']}"
-    return Source(weights, input_names(plans, state['configuration'], labels), labels and output_names(labels), where, plans, _digest(weights))
+    return Source(weights, input_names(plans, state['configuration'], labels), output_names(labels) if labels else None, where, plans, _digest(weights))
 
 def _fold_file(folder, fold, checkpoint):
     "The checkpoint of a folder"
@@ -144,7 +151,7 @@ def _fold_file(folder, fold, checkpoint):
     raise TransferError(f'there is no checkpoint_{checkpoint}.pt' + f' of fold {fold}' * (fold is not None), file=folder, found=f"folds {', '.join(map(str, found)) or 'none'}",
                         expected='a trained model, models/TaskXXX/3d_fullres', fix='train it, or choose another fold or checkpoint')
 
-# %% ../nbs/83_transfer.ipynb #cde0b2c2
+# %% ../nbs/83_transfer.ipynb #f3378774
 @dataclass
 class Transfer:
     "What was taken over from a source, adapted, or left, weight by weight"
@@ -155,62 +162,81 @@ class Transfer:
     outputs:list = field(default_factory=list)  # (our output, what it became of)
     unused:list = field(default_factory=list)   # Names of the source's weights that went nowhere
 
-    def count(self, fate):
-        "How many numbers met this fate"
-        return sum(int(np.prod(r['shape'])) for r in self.rows if r['fate'] == fate)
+    def count(self, fate, part=''):
+        "How many numbers met this fate, in weights whose name begins so"
+        return sum(math.prod(r['shape']) for r in self.rows if r['fate'] == fate and r['name'].startswith(part))
 
     def to_dict(self): return dataclasses.asdict(self)
 
     def lines(self):
-        "(weights, shape, fate, how): runs of neighbours that were taken share a line"
+        "(weights, shape, fate, how): neighbours of one fate share a line, adapted ones have their own"
         out = []
         for r in self.rows:
             part, shape = '.'.join(r['name'].split('.')[:2]), ' × '.join(map(str, r['shape']))
-            if r['fate'] == 'adapted' or not out or out[-1][0] != part or (out[-1][3], out[-1][4]) != (r['fate'], r['how']): out.append([part, [r['name']], shape, r['fate'], r['how']])
+            if r['fate'] == 'adapted' or not out or (out[-1][0], *out[-1][3:]) != (part, r['fate'], r['how']): out.append([part, [r['name']], shape, r['fate'], r['how']])
             else: out[-1][1].append(r['name'])
-        return [(n[0] if len(n) == 1 else f'{part}.* ({len(n)} weights)', shape if len(n) == 1 else '', fate, how) for part, n, shape, fate, how in out]
+        return [(n[0], shape, fate, how) if len(n) == 1 else (f'{part}.* ({len(n)} weights)', '', fate, how) for part, n, shape, fate, how in out]
 
-    def __str__(self):
+    def _summary(self):
         total = sum(map(self.count, ('taken', 'adapted', 'left'))) or 1
-        head = [f'from {self.source} ({self.digest})'] + [f'{what}: ' + ', '.join(f'{a} <- {b}' for a, b in pairs) for what, pairs in (('channels', self.channels), ('outputs', self.outputs)) if pairs]
-        shares = ', '.join(f'{self.count(f) / total:.1%} {f}' for f in ('taken', 'adapted', 'left'))
-        body = [f'  {name:34}{shape:22}{fate:9}{how}'.rstrip() for name, shape, fate, how in self.lines()]
-        return '\n'.join([*head, *body, f'{shares} of {total} numbers' + f'; {len(self.unused)} weights of the source went nowhere' * bool(self.unused)])
+        return ', '.join(f'{self.count(f) / total:.1%} {f}' for f in ('taken', 'adapted', 'left')) + f' of {total} numbers' + f'; {len(self.unused)} weights of the source went nowhere' * bool(self.unused)
+
+    def _head(self): return [f'from {self.source} ({self.digest})'] + [f'{what}: ' + ', '.join(f'{a} <- {b}' for a, b in pairs) for what, pairs in (('channels', self.channels), ('outputs', self.outputs)) if pairs]
+
+    def __str__(self): return '\n'.join([*self._head(), *(f'  {name:36}{shape:24}{fate:9}{how}'.rstrip() for name, shape, fate, how in self.lines()), self._summary()])
 
     def _repr_html_(self):
         cells = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in line) + '</tr>' for line in self.lines())
-        head, *_, tail = str(self).split('\n')
-        return f'<p>{html.escape(head)}</p><table><tr><th>weights</th><th>shape</th><th>fate</th><th>how</th></tr>{cells}</table><p>{html.escape(tail)}</p>'
-
-# %% ../nbs/83_transfer.ipynb #f3378774
-INPUTS, OUTPUTS = ('encoder.0.0.*',), ('heads.*',) # where the U-Nets of this package read channels, and where they answer
-
-def _like(name, patterns): return any(fnmatch.fnmatch(name, p) for p in patterns)
-
-def _new_weight(name, ours, theirs, inputs, outputs, new):
-    "(tensor or None, fate, how) of one weight; `inputs` and `outputs`: (patterns, match, number in the source, whether names agree one by one)"
-    a, b = tuple(ours.shape), tuple(theirs.shape)
-    def sizes(s): return '×'.join(map(str, s))
-    if ours.is_floating_point() != theirs.is_floating_point(): return None, 'left', f'{theirs.dtype} there'
-    for axis, (patterns, match, n, same) in ((1, inputs), (0, outputs)):
-        fits = match is not None and len(a) > axis and len(a) == len(b) and a[axis] == len(match) and b[axis] == n and all(p == q for i, (p, q) in enumerate(zip(a, b)) if i != axis)
-        if not fits or same or not (_like(name, patterns) or a != b): continue
-        if axis == 0 and not any(i is not None for i in match): return None, 'left', 'no class has a name of the source'
-        if axis == 1 and new == 'new' and not any(i is not None for i in match): return None, 'left', 'no channel has a name of the source'
-        made = adapt_inputs(theirs, ours, match, new) if axis else adapt_outputs(theirs, ours, match)
-        return made, 'adapted', f"{b[axis]} {('outputs', 'channels')[axis]} there, {a[axis]} here"
-    if a != b: return None, 'left', f'shape {sizes(b)} there, {sizes(a)} here'
-    return theirs, 'taken', ''
+        return f"<p>{'<br>'.join(map(html.escape, self._head()))}</p><table><tr><th>weights</th><th>shape</th><th>fate</th><th>how</th></tr>{cells}</table><p>{html.escape(self._summary())}</p>"
 
 # %% ../nbs/83_transfer.ipynb #80aca754
+INPUTS, OUTPUTS = ('encoder.0.0.*',), ('heads.*',) # where the U-Nets of this package read channels, and where they answer
+
+@dataclass
+class _Meaning:
+    "What the channels (axis 1) or the outputs (axis 0) of a network mean, here and there"
+    axis:int       # Of the weights
+    patterns:tuple # Names of the weights
+    ours:list      # Names; None: not known
+    theirs:list    # The same of the source
+    match:list     # Index in the source for each of ours; None: not known
+    without:str    # What becomes of those without a match
+
+    def concerns(self, name, a, b):
+        "Whether a weight of shape `a` here and `b` there is to be laid out anew"
+        if self.match is None or self.match == list(range(len(self.theirs))) or not len(a) == len(b) > self.axis: return False
+        if (a[self.axis], b[self.axis]) != (len(self.match), len(self.theirs)) or any(p != q for i, (p, q) in enumerate(zip(a, b)) if i != self.axis): return False
+        return a != b or any(fnmatch.fnmatch(name, p) for p in self.patterns)
+
+    def told(self):
+        "What became of each name"
+        if self.match is None: return [(str(n), 'by its place') for n in self.ours or []]
+        return [(str(n), str(self.theirs[i]) if i is not None else self.without) for n, i in zip(self.ours, self.match)]
+
+def _new_weight(name, ours, theirs, meanings, new):
+    "(tensor or None, fate, how) of one weight"
+    a, b = tuple(ours.shape), tuple(theirs.shape)
+    def sizes(s): return '×'.join(map(str, s)) or 'a number'
+    if ours.is_floating_point() != theirs.is_floating_point(): return None, 'left', f'{theirs.dtype} there, {ours.dtype} here'
+    for m in meanings:
+        if not m.concerns(name, a, b): continue
+        what, found = ('outputs', 'channels')[m.axis], sum(i is not None for i in m.match)
+        if not found and (m.axis == 0 or new == 'new'): return None, 'left', f'none of its {what} is known there'
+        made = adapt_inputs(theirs.to(ours.dtype), ours, m.match, new) if m.axis else adapt_outputs(theirs, ours, m.match)
+        return made, 'adapted', f'{len(m.theirs)} {what} there, {len(m.match)} here, {found} of one name'
+    if a != b: return None, 'left', f'{sizes(b)} there'
+    return theirs, 'taken', ''
+
+# %% ../nbs/83_transfer.ipynb #437821fb
+@torch.no_grad()
 def load_pretrained(
     network,                   # Its weights are changed in place
     source,                    # As `read_source` takes it
     *,
-    channels=None,             # Names of our input channels in order; None: taken to be the source's
-    labels=None,               # Our `Labels`, or names of the outputs in order; None: taken to be the source's
-    source_channels=None,      # Names of the source's channels, where the source does not say, or says it wrongly
-    source_labels=None,        # The same for its outputs
+    channels=None,             # Names of our input channels in order; None: as the source's
+    labels=None,               # Our `Labels`, or names of the outputs in order; None: as the source's
+    source_channels=None,      # Names of the source's channels, where it does not say, or says it wrongly
+    source_labels=None,        # The same for its outputs: `Labels`, or names
     rename:dict=None,          # {our name: what the source calls it}, for channels and classes
     new_channels:str='average',# Channels that the source lacks: 'average' of its own, or 'new': fresh weights
     fold=None,                 # Of a model folder; None: the first that is trained
@@ -221,65 +247,117 @@ def load_pretrained(
     "Start from another network's weights, matched by name and shape, channels and classes by their names; raises `TransferError`"
     if new_channels not in ('average', 'new'): raise TransferError('new_channels cannot be used', found=repr(new_channels), expected="'average' or 'new'")
     found, own = read_source(source, fold, checkpoint), network.state_dict()
-    c, k = (_pairs(*names, rename) for names in ((channels, source_channels or found.channels), (_names(labels), _names(source_labels) or found.outputs)))
-    _check_rename(rename, c, k)
-    result = Transfer(found.where, found.digest, [], _told(c, 'average of all' if new_channels == 'average' else 'new'), _told(k, 'new'))
+    meanings = [_meaning(1, inputs, channels, source_channels or found.channels, rename, 'the average of all' if new_channels == 'average' else 'new'),
+                _meaning(0, outputs, _names(labels), _names(source_labels) or found.outputs, rename, 'new')]
+    _check_rename(rename, meanings)
+    result = Transfer(found.where, found.digest, channels=meanings[0].told(), outputs=meanings[1].told(), unused=[name for name in found.weights if name not in own])
+    made = {}
     for name, ours in own.items():
-        if name not in found.weights: tensor, fate, how = None, 'left', 'the source has none of this name'
-        else: tensor, fate, how = _new_weight(name, ours, found.weights[name], (inputs, *c[2:]), (outputs, *k[2:]), new_channels)
-        if tensor is not None: ours.copy_(tensor)
+        made[name], fate, how = (None, 'left', 'no weight of this name there') if name not in found.weights else _new_weight(name, ours, found.weights[name], meanings, new_channels)
         result.rows.append({'name': name, 'shape': list(ours.shape), 'fate': fate, 'how': how})
-    result.unused = [name for name in found.weights if name not in own]
     if not result.count('taken') + result.count('adapted'):
         raise TransferError('no weight of the source fits this network', file=found.where, found=', '.join(list(found.weights)[:3]), expected=', '.join(list(own)[:3]),
-                            fix='impose the plans of the source on the data set (transfer_plans), so that both networks are alike')
+                            fix='impose the plans of the source on the data set (transfer_plans; segnb plan --overwrite-plans), so that both networks are alike')
+    for name, tensor in made.items():
+        if tensor is not None: own[name].copy_(tensor)
     return result
 
-def _names(labels): return output_names(labels) if isinstance(labels, Labels) else labels
-
-# %% ../nbs/83_transfer.ipynb #437821fb
-def _pairs(ours, theirs, rename):
-    "(ours, theirs, match, number in the source, whether they agree one by one); no match where names are not known"
-    if ours is None or theirs is None: return ours, theirs, None, 0, False
-    called = {a: b for a, b in (rename or {}).items() if str(a).strip().casefold() in [str(n).strip().casefold() for n in ours] and str(b).strip().casefold() in [str(n).strip().casefold() for n in theirs]}
-    match = match_names(ours, theirs, called)
-    return list(ours), list(theirs), match, len(theirs), match == list(range(len(theirs)))
-
-def _check_rename(rename, *pairs):
-    "Refuse a translation of which one side is nowhere"
-    def key(x): return str(x).strip().casefold()
-    for a, b in (rename or {}).items():
-        if not any(ours and theirs and key(a) in map(key, ours) and key(b) in map(key, theirs) for ours, theirs, *_ in pairs):
-            raise TransferError('a name to translate does not exist', found=f'{a!r}: {b!r}', expected='our name: a name of the source; ' + ' | '.join(f"{', '.join(o or ['?'])}: {', '.join(t or ['?'])}" for o, t, *_ in pairs))
-
-def _told(pairs, without):
-    "What became of each name"
-    ours, theirs, match, *_ = pairs
-    if match is None: return [(str(n), 'by its place') for n in ours or []]
-    return [(str(n), str(theirs[i]) if i is not None else without) for n, i in zip(ours, match)]
-
 # %% ../nbs/83_transfer.ipynb #7c5ffc74
+def _names(labels): return output_names(labels) if isinstance(labels, Labels) else list(labels) if labels is not None else None
+
+def _meaning(axis, patterns, ours, theirs, rename, without):
+    "Match the names of one end of the network; nothing is matched where one side is not known"
+    patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if ours is None or theirs is None: return _Meaning(axis, patterns, ours and list(ours), theirs and list(theirs), None, without)
+    return _Meaning(axis, patterns, list(ours), list(theirs), match_names(ours, theirs, rename), without)
+
+def _check_rename(rename, meanings):
+    "Refuse a translation of which one side is nowhere"
+    for a, b in (rename or {}).items():
+        if any(m.match is not None and _key(a) in map(_key, m.ours) and _key(b) in map(_key, m.theirs) for m in meanings): continue
+        said = ' | '.join(f"{', '.join(map(str, m.ours or ['?']))}: {', '.join(map(str, m.theirs or ['?']))}" for m in meanings)
+        raise TransferError('a name to translate does not exist', found=f'{a!r}: {b!r}', expected=f'our name: a name of the source, of {said}')
+
+# %% ../nbs/83_transfer.ipynb #155a4896
+def _by_name(plans, data, rename):
+    "The plan with channels as they are called and lie here; a channel that it does not know gets its own normalisation; and what to say about it"
+    match, own = match_names(data.channels, plans.channels, rename), normalization_schemes(data.channels)
+    if not any(i is not None for i in match) and len(data.channels) == len(plans.channels): match = list(range(len(match))) # nothing but the place is left to go by
+    masks, known, stats, notes = masks_for_norm(own, data.size_reductions), plans.intensities or {}, data.intensities or {}, []
+    schemes, use_mask, intensities = [], [], {}
+    for c, (name, i) in enumerate(zip(data.channels, match)):
+        schemes.append(own[c] if i is None else plans.normalization_schemes[i])
+        use_mask.append(masks[c] if i is None else plans.use_mask_for_norm[i])
+        if (row := stats.get(c) if i is None else known.get(i)) is not None: intensities[c] = row
+        if i is None: notes.append(f'channel {c}, {name!r}, is not known there: it is normalised as {own[c]} by its own numbers')
+        elif name != plans.channels[i]: notes.append(f'channel {c} is {name!r} here and {plans.channels[i]!r} there: it is normalised like {plans.channels[i]!r}')
+    named = dataclasses.replace(plans, channels=tuple(data.channels), normalization_schemes=tuple(schemes), use_mask_for_norm=tuple(use_mask), intensities=intensities or None)
+    return named, notes
+
+# %% ../nbs/83_transfer.ipynb #49881283
+def misfits(
+    plans,           # `Plans` made for another data set
+    data,            # `Fingerprint` of this one
+    worst:float=1.5, # Ratio of two spacings above which it is said
+)->list:             # Sentences; [] where the plan suits
+    "Say where a plan does not suit a data set: spacing, size of the cases, order of axes, intensities"
+    found, forward = [], list(plans.transpose_forward)
+    all_mm = np.asarray(data.spacings)
+    mm, extent = np.median(all_mm, axis=0)[forward], np.median(np.asarray(data.shapes) * all_mm, axis=0)[forward]
+    for name, c in plans.configurations.items():
+        axes = range(3 - c.dimensions, 3)
+        for a in axes:
+            ratio = c.spacing[a] / mm[a]
+            if not 1 / worst <= ratio <= worst: found.append(f"{name}: axis {a} is resampled from {mm[a]:.3g} to {c.spacing[a]:.3g} mm, {'detail is lost' if ratio > 1 else 'voxels are made up'}")
+        voxels = tuple(max(1, round(extent[a] / c.spacing[a])) for a in axes)
+        if any(p > 1.5 * v for p, v in zip(c.patch_size, voxels)): found.append(f'{name}: the patch of {c.patch_size} is larger than a typical case of {voxels} voxels, much of it is padding')
+    first = int(np.argmax(np.median(all_mm, axis=0)))
+    if mm.max() > 3 * mm.min() and first != forward[0]: found.append(f'slices lie across axis {first} here and across axis {forward[0]} there: the thick axis meets the kernels of a thin one')
+    for c, known in (plans.intensities or {}).items():
+        here = (data.intensities or {}).get(c)
+        if here and (here['percentile_99_5'] < known['percentile_00_5'] or here['percentile_00_5'] > known['percentile_99_5'] or abs(here['mean'] - known['mean']) > 3 * known['sd']):
+            found.append(f"channel {c} ({plans.channels[c]}): the foreground is {here['mean']:.4g} on average here and {known['mean']:.4g} ± {known['sd']:.3g} there: is it the same kind of image, in the same unit?")
+    return found
+
+# %% ../nbs/83_transfer.ipynb #7217c2ba
+def transfer_plans(
+    source,                      # `Plans`, a plans.json, or a model folder
+    data,                        # `Fingerprint` of this data set
+    identifier:str='pretrained', # Short name for the pair; letters, digits, '_' and '-'
+    dataset_name:str='',         # Noted in the plan
+    rename:dict=None,            # {our channel: what the source calls it}
+)->Plans:                        # Spacing, patches and networks of the source; channels and labels of this data set
+    "Impose a source's plan on another data set, channels by name, also where their number differs; raises `PlansError`"
+    if not isinstance(source, Plans): source = Plans.load(Path(source)/'plans.json' if Path(source).is_dir() else source)
+    named, notes = _by_name(source, data, rename)
+    said = misfits(named, data)
+    plans = impose_plans(named, data, identifier, dataset_name)
+    notes = [*plans.trace['imposed'], *notes, *(f'it may not suit: {text}' for text in said)]
+    return dataclasses.replace(plans, trace={**plans.trace, 'imposed': notes})
+
+# %% ../nbs/83_transfer.ipynb #33f92d9a
 class Pretrained:
     "Start a training from another network's weights; a resumed training has them already"
     def __init__(self,
         source,           # As `read_source` takes it
-        asked:dict=None,  # Kept in the record, so that a resumed run can be asked the same
+        asked:dict=None,  # Kept in the record, so that a continued run can be asked the same
         **options,        # For `load_pretrained`: fold, checkpoint, rename, new_channels, ...
-    ): self.source, self.options, self.asked, self.transfer, self.before = source, options, asked or {}, None, None
+    ): self.source, self.options, self.asked, self.transfer, self.done = source, options, asked or {}, None, {}
 
     def on_start(self, trainer):
         if trainer.epoch > 0: return
-        self.transfer = load_pretrained(trainer.net, self.source, **{'channels': input_names(trainer.plans, trainer.configuration, trainer.labels), 'labels': trainer.labels, **self.options})
-        self.before = self.transfer.to_dict()
+        ours = {'channels': input_names(trainer.plans, trainer.configuration, trainer.labels), 'labels': trainer.labels}
+        self.transfer = load_pretrained(trainer.net, self.source, **ours | self.options)
+        self.done = {'source': self.transfer.source, 'digest': self.transfer.digest}
         if not trainer.world.main: return
         file = trainer.folder/'record.json'
-        write_json(read_json(file) | {'transfer': self.before | {'asked': self.asked}}, file)
+        write_json(read_json(file) | {'transfer': self.transfer.to_dict() | {'asked': self.asked}}, file)
         with open(trainer.folder/'log.txt', 'a', encoding='utf-8') as log: log.write(f'{self.transfer}\n')
 
-    def state_dict(self): return {'transfer': {k: v for k, v in (self.before or {}).items() if k in ('source', 'digest')}}
-    def load_state_dict(self, state): self.before = state['transfer']
+    def state_dict(self): return dict(self.done)
+    def load_state_dict(self, state): self.done = dict(state)
 
-# %% ../nbs/83_transfer.ipynb #1e38bb7e
+# %% ../nbs/83_transfer.ipynb #14c10db6
 def fine_tuning(
     source,                    # As `read_source` takes it
     *,
@@ -294,67 +372,14 @@ def fine_tuning(
     **options,                 # For `load_pretrained`: rename, new_channels, ...
 )->dict:                       # Options of `Trainer`: initial_lr, optimizer, callbacks
     "Put together what a training needs to start from another model; raises `TransferError`"
-    asked = {k: v for k, v in dict(source=str(source), fold=fold, checkpoint=checkpoint, freeze_encoder=freeze_encoder, lr_encoder=lr_encoder, lr_decoder=lr_decoder, lr_head=lr_head,
-                                   initial_lr=initial_lr, optimizer=optimizer, **options).items() if v is not None}
+    asked = dict(source=str(source) if not isinstance(source, (dict, Source)) else 'weights in memory', fold=fold, checkpoint=checkpoint, freeze_encoder=freeze_encoder,
+                 lr_encoder=lr_encoder, lr_decoder=lr_decoder, lr_head=lr_head, initial_lr=initial_lr, optimizer=optimizer, **options)
     if isinstance(freeze_encoder, bool) or not isinstance(freeze_encoder, int) or freeze_encoder < 0:
         raise TransferError('freeze_encoder cannot be used', found=repr(freeze_encoder), expected='a number of epochs from 0')
     rates = {'encoder': lr_encoder, 'decoder': lr_decoder, 'up': lr_decoder, 'heads': lr_head}
-    if wrong := [v for v in rates.values() if v is not None and not (isinstance(v, (int, float)) and 0 <= v < float('inf'))]:
-        raise TransferError('a learning rate cannot be used', found=repr(wrong[0]), expected='a number from 0')
+    for rate in (initial_lr, *rates.values()):
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf or rate is initial_lr and not rate):
+            raise TransferError('a learning rate cannot be used', found=repr(rate), expected='a number from 0; initial_lr above 0')
     factors = [f'{part}={rate / initial_lr!r}' for part, rate in rates.items() if rate is not None]
-    callbacks = (Pretrained(source, asked, fold=fold, checkpoint=checkpoint, **options), *((FreezeEncoder(freeze_encoder),) if freeze_encoder else ()))
+    callbacks = (Pretrained(source, {k: v for k, v in asked.items() if v is not None}, fold=fold, checkpoint=checkpoint, **options), *((FreezeEncoder(freeze_encoder),) if freeze_encoder else ()))
     return {'initial_lr': initial_lr, 'optimizer': ' '.join([optimizer, *factors]), 'callbacks': callbacks}
-
-# %% ../nbs/83_transfer.ipynb #f08ee6f0
-def _by_name(plans, data, rename):
-    "The plan with channels as they are called and lie here; a channel that it does not know gets its own normalisation; and what to say about it"
-    match, own = match_names(data.channels, plans.channels, rename), normalization_schemes(data.channels)
-    if not any(i is not None for i in match) and len(data.channels) == len(plans.channels): match = list(range(len(match))) # nothing but the place is left to go by
-    masks, known, stats, notes = masks_for_norm(own, data.size_reductions), plans.intensities or {}, data.intensities or {}, []
-    schemes, use_mask, intensities = [], [], {}
-    for c, (name, i) in enumerate(zip(data.channels, match)):
-        schemes.append(own[c] if i is None else plans.normalization_schemes[i])
-        use_mask.append(masks[c] if i is None else plans.use_mask_for_norm[i])
-        if (row := stats.get(c) if i is None else known.get(i)) is not None: intensities[c] = row
-        if i is None: notes.append(f'channel {c}, {name!r}, is not known there: it is normalised as {own[c]} by its own numbers')
-        elif name != plans.channels[i]: notes.append(f'channel {c} is {name!r} here and {plans.channels[i]!r} there: it is normalised like {plans.channels[i]!r}')
-    return dataclasses.replace(plans, channels=tuple(data.channels), normalization_schemes=tuple(schemes), use_mask_for_norm=tuple(use_mask), intensities=intensities or None), notes
-
-# %% ../nbs/83_transfer.ipynb #bdeaf5e3
-def misfits(
-    plans,          # `Plans` made for another data set
-    data,           # `Fingerprint` of this one
-    worst:float=1.5,# Ratio of two spacings above which it is said
-)->list:            # Sentences; [] where the plan suits
-    "Say where a plan does not suit a data set: spacing, size of the cases, intensities"
-    found, forward = [], list(plans.transpose_forward)
-    mm, shape = np.median(data.spacings, axis=0)[forward], np.median(np.asarray(data.shapes) * np.asarray(data.spacings), axis=0)[forward]
-    for name, c in plans.configurations.items():
-        axes = range(3 - c.dimensions, 3)
-        for a in axes:
-            ratio = c.spacing[a] / mm[a]
-            if not 1 / worst <= ratio <= worst: found.append(f"{name}: axis {a} is resampled from {mm[a]:.3g} to {c.spacing[a]:.3g} mm, {'detail is lost' if ratio > 1 else 'voxels are made up'}")
-        voxels = [shape[a] / c.spacing[a] for a in axes]
-        if any(p > 1.5 * v for p, v in zip(c.patch_size, voxels)):
-            found.append(f"{name}: the patch of {c.patch_size} is larger than a typical case of {tuple(round(v) for v in voxels)} voxels, much of it is padding")
-    first = int(np.argmax(np.median(data.spacings, axis=0)))
-    if mm.max() > 3 * mm.min() and first != forward[0]: found.append(f'slices lie across axis {first} here and across axis {forward[0]} there: the thick axis meets the kernels of a thin one')
-    for c, known in (plans.intensities or {}).items():
-        here = (data.intensities or {}).get(c)
-        if here and (here['percentile_99_5'] < known['percentile_00_5'] or here['percentile_00_5'] > known['percentile_99_5'] or abs(here['mean'] - known['mean']) > 3 * known['sd']):
-            found.append(f"channel {c} ({plans.channels[c]}): the foreground is {here['mean']:.4g} on average here and {known['mean']:.4g} ± {known['sd']:.3g} there: is it the same kind of image, in the same unit?")
-    return found
-
-def transfer_plans(
-    source,                        # `Plans`, a plans.json, or a model folder
-    data,                          # `Fingerprint` of this data set
-    identifier:str='pretrained',   # Short name for the pair; letters, digits, '_' and '-'
-    dataset_name:str='',           # Noted in the plan
-    rename:dict=None,              # {our channel: what the source calls it}
-)->Plans:                          # Spacing, patches and networks of the source; channels and labels of this data set
-    "Impose a source's plan on another data set, channels by name, also where their number differs; raises `PlansError`, `TransferError`"
-    if not isinstance(source, Plans): source = Plans.load(Path(source)/'plans.json' if Path(source).is_dir() else source)
-    named, notes = _by_name(source, data, rename)
-    plans = impose_plans(named, data, identifier, dataset_name)
-    notes = [*plans.trace['imposed'], *notes, *(f'it may not suit: {text}' for text in misfits(plans, data))]
-    return dataclasses.replace(plans, trace={**plans.trace, 'imposed': notes})
