@@ -229,12 +229,13 @@ def _order(v):
 
 def _resampling(v):
     "Rule: a resampler and its settings for data, seg and probabilities; what is not given as nnU-Net v2 does it"
-    rules, found = dict(order=_order, order_z=_order, separate=_maybe(_kind(bool)), threshold=_positive), {}
+    rules, found = dict(order=_order, order_z=_order, separate=_maybe(_kind(bool)), threshold=_positive, vote=_one_of(('half', 'most'))), {}
     if set(v) - {'data', 'seg', 'probabilities'}: raise ValueError
     for what in ('data', 'seg', 'probabilities'):
         given = dict(v.get(what, {}))
         name = _one_of(RESAMPLERS)(given.pop('function', 'spline'))
-        settings = {**RESAMPLERS[name], **({'order': 1} if name == 'spline' and what != 'data' else {})}
+        usual = {} if what == 'data' else {'order': 1, **({'vote': 'most'} if what == 'seg' else {})}
+        settings = RESAMPLERS[name] | (usual if name == 'spline' else {})
         if set(given) - set(settings): raise ValueError
         found[what] = {'function': name, **{key: rules[key](given.get(key, usual)) for key, usual in settings.items()}}
     return found

@@ -602,17 +602,39 @@ def _by_torch(array, shape, axis, labels):
         array = flat.reshape(*slices.shape[:2], *plane).movedim(1, axis + 1)
     return _torch_resize(array, shape, 'trilinear' if axis is None else 'nearest-exact', labels).contiguous().numpy()
 
+# %% ../nbs/30_resampling.ipynb #949f9f5e
+def _most_of_all(seg, shape, order, alone):
+    # the label with the largest share, on ties the nearest if it is among them; a separate axis keeps its length
+    spans = tuple(None if axis == alone else _Span(n_in, n, order) for axis, (n_in, n) in enumerate(zip(seg.shape, shape)))
+    moving = [axis for axis, span in enumerate(spans) if span is not None and span.moves]
+    new, mixed = seg, ~_unanimous(seg, moving) if order == 1 else np.ones(seg.shape, bool)
+    for axis in moving:
+        new = new.take(spans[axis].nearest(), axis)
+        mixed = mixed.take(spans[axis].taps()[0][0] if order == 1 else spans[axis].nearest(), axis)
+    if not moving or not mixed.any(): return np.ascontiguousarray(new)
+    where, everywhere = np.nonzero(mixed), tuple(slice(0, n) for n in seg.shape)
+    nearest, best = new[where], np.full(len(where[0]), -np.inf)
+    winner, holds = np.empty_like(nearest), np.zeros(len(nearest), bool)                # whether the nearest label is among the best
+    for label in np.unique(seg):
+        share = _exact_share(seg, label, everywhere, where, spans, order, (0, 1, 2))
+        better, mine = share > best, nearest == label
+        holds = np.where(better, mine & (share > 0), holds | (mine & (share == best) & (share > 0)))
+        winner, best = np.where(better, label, winner), np.maximum(best, share)
+    new[where] = np.where(holds, nearest, winner)
+    return np.ascontiguousarray(new)
+
 # %% ../nbs/30_resampling.ipynb #b9839a01
-def _by_spline(array, shape, axis, labels, order=3, order_z=0, max_bytes=None):
+def _by_spline(array, shape, axis, labels, order=3, order_z=0, vote='half', max_bytes=None):
     "Splines for an image, a vote for a label map: what this chapter is about"
-    if labels: return resample_label_map(array[0], shape, order, order_z, axis, max_bytes=max_bytes)[None]
-    return resample_image(array, shape, order, order_z, axis, max_bytes=max_bytes)
+    if not labels: return resample_image(array, shape, order, order_z, axis, max_bytes=max_bytes)
+    if vote == 'most' and order: array = _most_of_all(array[0], shape, order, axis)[None]   # along a separate axis nothing is left to add up
+    return resample_label_map(array[0], shape, order, order_z, axis, max_bytes=max_bytes)[None]
 
 RESAMPLERS = {'spline': _by_spline, 'torch': lambda array, shape, axis, labels, max_bytes=None: _by_torch(array, shape, axis, labels),
               'none': lambda array, shape, axis, labels, max_bytes=None: array}
 
 def resample_as(
-    settings:dict,     # {'function': a name of `RESAMPLERS`, 'order', 'order_z', 'separate', 'threshold'}; the last four may be missing
+    settings:dict,     # {'function': a name of `RESAMPLERS`, 'order', 'order_z', 'vote', 'separate', 'threshold'}; all but the first may be missing
     array:np.ndarray,  # (C, Z, Y, X) image, or (Z, Y, X) label map
     shape:tuple,       # (Z, Y, X) wanted, voxels; 'none' does not heed it
     spacing:tuple,     # mm per axis, of this array
