@@ -96,6 +96,7 @@ _SHARED = dict(
     configuration=(('-c', '--configuration'), dict(default='3d_fullres', help='configuration of the plan (default: 3d_fullres)')),
     device=(('--device',), dict(default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')),
     precision=(('--precision',), dict(default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'], help='auto: fp16 on CUDA; on a CPU training takes bf16 where the processor has instructions for it; else fp32')),
+    dask=(('--dask',), dict(metavar='WHERE', help='hand the cases to a Dask cluster: tcp://host:8786, a scheduler file (.json), or local:4 for processes here')),
     quiet=(('-q', '--quiet'), dict(action='store_true', help='no progress bars')),
     no_mirroring=(('--disable-tta',), dict(action='store_true', help='no mirroring at prediction: 8 times faster, a little worse')),
     json=(('--json',), dict(metavar='FILE', help='write the answer as JSON, for programs; - for standard output, and messages then go to standard error')))
@@ -121,7 +122,12 @@ def parser(
 def _carry_out(args):
     "Run the verb of a parsed line and write its answer where `--json` says; gives the exit status"
     file = getattr(args, 'json', None)
-    with contextlib.redirect_stdout(sys.stderr) if file == '-' else contextlib.nullcontext(): answer = args.run(args)
+    with contextlib.ExitStack() as around:
+        if file == '-': around.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if getattr(args, 'dask', None):
+            from segnb.scaling import dask_client
+            around.enter_context(dask_client(args.dask))
+        answer = args.run(args)
     status, answer = answer if isinstance(answer, tuple) else (0, answer)
     if file:
         import json
@@ -147,7 +153,10 @@ def main(
 )->int:             # Exit status: 0 done, 1 in part or failed, 2 wrong use or wrong data, 130 interrupted
     "Run the `segnb` command; what the user can mend is said in one message instead of a traceback"
     from segnb.workers import WorkerError
-    args = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    cut = argv.index('--') if argv[:1] == ['jobs'] and '--' in argv else len(argv)  # what follows is for the command of each job
+    args = parser().parse_args(argv[:cut])
+    if argv[cut + 1:]: args.more = tuple(argv[cut + 1:])
     def failed(error, status):
         print(f'segnb: {error}', file=sys.stderr)
         return status
@@ -377,7 +386,7 @@ def draw_plan(
 # %% ../nbs/90_cli.ipynb #c9213adb
 @_verb('plan', 'Check a data set and decide spacing, patch, network.', 'segnb plan raw/Task004_Hippocampus -w workspace')
 def _plan_arguments(p):
-    _arguments(p, 'dataset', 'workspace', 'workers', 'json')
+    _arguments(p, 'dataset', 'workspace', 'workers', 'dask', 'json')
     p.add_argument('--planner', default=None, help="'nnunet_v1' (default), 'nnunet_v1_residual', 'resenc_m', 'resenc_l', 'resenc_xl' (nnU-Net v2's presets), or 'cpu': 16 features, batch 2, patch of at most 89,600 voxels, for training in minutes on a CPU")
     p.add_argument('--memory-gb', type=float, default=None, help="GPU memory to plan for, such as 4 to 80 (default: what the planner stands for, 8 for nnU-Net v1)")
     p.add_argument('--overwrite-plans', metavar='FILE', help='take over spacing, patches and networks from the plans.json of another data set')
@@ -418,7 +427,7 @@ def preprocess(
 
 @_verb('preprocess', 'Crop, resample and normalise the training cases.', 'segnb preprocess 4 -w workspace')
 def _preprocess_arguments(p):
-    _arguments(p, 'dataset', 'workspace', 'workers')
+    _arguments(p, 'dataset', 'workspace', 'workers', 'dask')
     p.add_argument('-c', '--configuration', nargs='+', default=None, help='configurations of the plan (default: all)')
     p.add_argument('--no-verify', action='store_true', help='trust finished cases by their size; by default their checksums are compared')
     return lambda a: preprocess(a.dataset, a.workspace, a.configuration, a.workers, not a.no_verify)
@@ -775,7 +784,7 @@ def _after(first, predict_folder, source, out, *how, **options):
 def _predict_arguments(p):
     p.add_argument('-i', '--input', required=True, metavar='FOLDER', help='folder with <case>_0000.nii.gz, ...')
     p.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder for the label maps')
-    _arguments(p, 'quiet', 'json')
+    _arguments(p, 'quiet', 'json', 'dask')
     group = p.add_argument_group('which model')
     group.add_argument('-m', '--model', metavar='FOLDER', help='model folder; or name a data set with -d')
     group.add_argument('-d', '--dataset', help='data set whose model in the workspace to use')
@@ -900,7 +909,7 @@ def _evaluate_arguments(p):
     p.add_argument('--v1-summary', metavar='FILE', help='also write the scores as nnU-Net v1 does')
     p.add_argument('--compare', metavar='FOLDER', help='hold the predictions against those of this folder instead, case by case, by the first of --metrics')
     p.add_argument('--picture', metavar='FILE', help='with --compare: draw the differences')
-    _arguments(p, 'workers', 'quiet', 'json')
+    _arguments(p, 'workers', 'dask', 'quiet', 'json')
     return _run_evaluate
 
 # %% ../nbs/90_cli.ipynb #475d22ec
@@ -1263,6 +1272,53 @@ def _run_export_onnx(a):
     out = export_onnx(folder, a.output, a.folds, a.checkpoint, opset=a.opset, postprocessing=not a.no_postprocessing, overwrite=a.overwrite)
     print(f'{out}: python {out}/run.py IMAGE... LABELS.nii.gz')
     return {'folder': out}
+
+# %% ../nbs/90_cli.ipynb #85888195
+def _resources(k, **usual):
+    "Add what a job may use"
+    add = k.add_argument_group('resources of a job').add_argument
+    for name, value, text in (('gpus', int, 'GPUs'), ('cpus', int, 'cores'), ('memory-gb', float, 'memory, GB'), ('hours', float, 'time limit'), ('nodes', int, 'machines, one training on all of them')):
+        if name.replace('-', '_') in usual: add(f'--{name}', type=value, default=usual[name.replace('-', '_')], help=f"{text} (default: {usual[name.replace('-', '_')]:g})")
+    add = k.add_argument_group('SLURM').add_argument
+    add('--at-once', type=_positive, default=None, metavar='N', help='most jobs of an array that run at once (default: no limit)')
+    add('--setup', default='', help="lines that a script runs first, such as 'module load cuda'")
+    add('--sbatch', action='append', default=[], metavar='OPTION', help="one more option of sbatch, such as --sbatch=--partition=gpu; may be given again")
+    add('-o', '--output', required=True, metavar='FOLDER', help='folder for the jobs, on a file system that all machines see')
+
+@_verb('jobs', 'Write trainings or predictions as jobs for SLURM, run them here, or say how they stand.', "segnb jobs train 4 -w workspace -c 2d 3d_fullres -o jobs; segnb jobs run jobs")
+def _jobs_arguments(p):
+    kinds = p.add_subparsers(metavar='WHAT', required=True, dest='what')
+    k = kinds.add_parser('train', help='the trainings of a cross-validation', epilog='Words after -- are for segnb train.')
+    _arguments(k, 'dataset', 'workspace')
+    k.add_argument('-c', '--configurations', nargs='+', default=['3d_fullres'], metavar='CONFIGURATION', help='configurations (default: 3d_fullres)')
+    k.add_argument('-f', '--folds', nargs='+', default=list(range(5)), metavar='FOLD', help='folds (default: 0 1 2 3 4)')
+    k.add_argument('--preprocess', action='store_true', help='begin with preprocessing')
+    k.add_argument('--no-select', action='store_true', help='do not end with segnb select')
+    _resources(k, gpus=1, cpus=8, memory_gb=32., hours=48., nodes=1)
+    k = kinds.add_parser('predict', help='the prediction of a folder of images in parts', epilog='Words after -- are for segnb predict.')
+    for flag, name, text in (('-i', 'input', 'folder of images'), ('-l', 'label_maps', 'folder for the label maps'), ('-m', 'model', 'model folder')): k.add_argument(flag, f"--{name.replace('_', '-')}", required=True, metavar='FOLDER', help=text)
+    k.add_argument('-n', '--num-parts', type=_positive, required=True, help='jobs that share the cases')
+    _resources(k, gpus=1, cpus=4, memory_gb=16., hours=12.)
+    k = kinds.add_parser('run', help='run here what is not done, by the array scripts')
+    k.add_argument('folder'); k.add_argument('-n', '--at-once', type=_positive, default=1, help='jobs side by side (default: 1)')
+    k.add_argument('--devices', nargs='+', default=None, metavar='GPU', help='a GPU for each of them'); _arguments(k, 'quiet')
+    kinds.add_parser('show', help='say how the jobs stand').add_argument('folder')
+    p.set_defaults(more=())
+    return _run_jobs
+
+# %% ../nbs/90_cli.ipynb #b3e525e7
+def _run_jobs(a):
+    from segnb import scaling
+    if a.what == 'show':
+        print(scaling.show_jobs(a.folder))
+        return {'jobs': scaling.job_states(a.folder)}
+    if a.what == 'run': return {'jobs': scaling.run_jobs(a.folder, a.at_once, a.devices, progress=not a.quiet)}
+    given = {k: getattr(a, k) for k in ('gpus', 'cpus', 'memory_gb', 'hours', 'nodes') if hasattr(a, k)}
+    if a.what == 'train': jobs = scaling.training_jobs(a.dataset, a.workspace, a.configurations, a.folds, a.more, a.preprocess, not a.no_select, **given)
+    else: jobs = scaling.prediction_jobs(a.input, a.label_maps, a.model, a.num_parts, a.more, **given)
+    submit = scaling.write_slurm(jobs, a.output, at_once=a.at_once, setup=a.setup, options=tuple(a.sbatch))
+    print(f'{len(jobs)} jobs in {a.output}; on a cluster: bash {submit}; here: segnb jobs run {a.output}')
+    return {'jobs': [j.name for j in jobs], 'submit': submit}
 
 # %% ../nbs/90_cli.ipynb #c135ab39
 def demo(

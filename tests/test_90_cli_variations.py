@@ -80,3 +80,34 @@ def test_downloads_are_listed_and_strange_names_refused(segnb, tmp_path):
     assert 'Task04_Hippocampus' in succeeded(segnb('download'))
     refused(segnb('download', 'Task77_Nothing', tmp_path/'raw'), 'Task77_Nothing', 'Task04_Hippocampus')
     refused(segnb('download', 'Task94_Toy', tmp_path/'raw', '--url', 'http://127.0.0.1:9/Task94_Toy.tar', '--md5', '0'*32, '-q'), 'cannot be fetched')
+
+
+def test_jobs_are_written_shown_and_run_here(ct, segnb, tmp_path):
+    out, maps = tmp_path/'jobs', tmp_path/'maps'
+    answer = succeeded(segnb('jobs', 'predict', '-i', ct.raw/'imagesTs', '-l', maps, '-m', ct.model, '-n', 2, '-o', out, '--', *FEW, '--disable-tta', '--step-size', 1))
+    assert '2 jobs' in answer and {'jobs.json', 'submit.sh'} <= set(files(out))
+    assert '2 ready' in succeeded(segnb('jobs', 'show', out))
+    succeeded(segnb('jobs', 'run', out, '-q'))
+    assert '2 done' in succeeded(segnb('jobs', 'show', out)) and len(list(maps.glob('*.nii.gz'))) == 2
+
+
+def test_jobs_of_a_cross_validation_wait_for_each_other(ct, segnb, tmp_path):
+    succeeded(segnb('jobs', 'train', ct.raw.name, '-w', ct.workspace, '-c', '2d', '3d_fullres', '-f', 0, 1, '-o', tmp_path/'jobs', '--at-once', 2, '--sbatch=--partition=gpu', '--', '--epochs', 3))
+    jobs = json.loads((tmp_path/'jobs'/'jobs.json').read_text(encoding='utf-8'))['jobs']
+    trained = [j for j in jobs if j['name'].startswith('train-')]
+    assert len(trained) == 4 and all(j['command'][-2:] == ['--epochs', '3'] for j in trained)
+    assert set(jobs[-1]['after']) == {j['name'] for j in trained}
+
+
+def test_cases_go_to_a_dask_cluster(ct, segnb, tmp_path):
+    pytest.importorskip('distributed')
+    succeeded(segnb('evaluate', '-r', ct.raw/'labelsTs', '-p', ct.predictions, '-l', ct.raw/'dataset.json', '--dask', 'local:1', '-q'))
+    refused(segnb('evaluate', '-r', ct.raw/'labelsTs', '-p', ct.predictions, '-l', ct.raw/'dataset.json', '--dask', 'nowhere.json', '-q'), 'Dask')
+
+
+def test_a_network_goes_to_onnx_and_answers_alike(ct, segnb, tmp_path):
+    pytest.importorskip('onnx')
+    out = tmp_path/'onnx'
+    succeeded(segnb('export-onnx', ct.model, '-o', out))
+    assert {'pipeline.json', 'run.py', 'fold_0.onnx'} <= set(files(out))
+    refused(segnb('export-onnx', ct.model, '-o', out), 'onnx')
