@@ -532,7 +532,8 @@ def find_factory(
         there = [k for k, v in vars(module).items() if callable(v) and getattr(v, '__module__', None) == module.__name__ and k[0] != '_']
         raise NetworkError(f'{where} has no {inner}', expected=', '.join(there[:10]) or 'a function') from None
     if not callable(factory):
-        raise NetworkError(f'{name} is no function', found=f'a {type(factory).__name__}', expected='a function (configuration, in_channels, n_outputs, deep_supervision)')
+        raise NetworkError(f'{name} is no function', found=f'a {type(factory).__name__}',
+                           expected='a function (configuration, in_channels, n_outputs, deep_supervision)')
     return factory
 
 # %% ../nbs/50_network.ipynb #3278903f
@@ -639,7 +640,7 @@ def _place_of(module):
 # %% ../nbs/50_network.ipynb #39787eef
 def network_from_origin(
     origin:dict,  # As `network_origin` gives it; None: the model was trained with `build_network`
-    factory=None, # The factory, or its name, if it is at hand: it is used in place of what the origin names
+    factory=None, # A factory, or its name, used in place of what the origin names; the kept options are its own if it has the same name
     folder=None,  # Where the model lies: code from there is not run
 ):                # A factory with its options
     "Find the factory of a trained network again; raises `NetworkError`, and warns where it has changed"
@@ -654,9 +655,8 @@ def network_from_origin(
     if not same:
         warnings.warn(f"the network was trained with {origin.get('name')} ({origin.get('digest')}) and is built with {now['name']} ({now['digest']})"
                       + ('' if asked else ': its source has changed since'), NetworkWarning, stacklevel=3)
-    taken = inspect.signature(bare).parameters.values()
-    known = {p.name for p in taken} if not any(p.kind is p.VAR_KEYWORD for p in taken) else None
-    options = {k: _lively(v) for k, v in (origin.get('options') or {}).items() if not asked or known is None or k in known} | own
+    kin = same or now['name'].rpartition(':')[2] == str(origin.get('name')).rpartition(':')[2] # else it stands for itself
+    options = ({k: _lively(v) for k, v in (origin.get('options') or {}).items()} if kin else {}) | own
     return functools.partial(bare, **options) if options else bare
 
 # %% ../nbs/50_network.ipynb #ff4f6fad
@@ -690,7 +690,8 @@ def list_outputs(
     "Give what a network answers as a list"
     if isinstance(outputs, torch.Tensor): return list(outputs.unbind(1)) if outputs.ndim == axes + 3 else [outputs]
     if isinstance(outputs, (list, tuple)) and outputs and all(isinstance(o, torch.Tensor) for o in outputs): return list(outputs)
-    raise NetworkError('the network does not answer with logits', found=f'a {type(outputs).__name__}', expected='a tensor, or a list of tensors, full resolution first')
+    raise NetworkError('the network does not answer with logits', found=f'a {type(outputs).__name__}',
+                       expected='a tensor, or a list of tensors, full resolution first')
 
 def output_shapes(
     network:nn.Module, # On its device; its running statistics and its mode stay
@@ -716,5 +717,6 @@ def output_shapes(
         if o.shape[:2] != (2, n_outputs) or len(shape) != len(patch) or any(a > b for a, b in zip(shape, patch)):
             raise NetworkError('an output of the network does not fit', found=tuple(o.shape), expected=f'(2, {n_outputs}, ...), no larger than {patch}')
     if shapes[0] != patch:
-        raise NetworkError('the first output has not the size of the patch', found=shapes, expected=patch, fix='give the finest first' if patch in shapes else None)
+        fix = 'give the finest first' if patch in shapes else None
+        raise NetworkError('the first output has not the size of the patch', found=shapes, expected=patch, fix=fix)
     return shapes
