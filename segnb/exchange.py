@@ -95,6 +95,7 @@ def _described(obj, member, names):
 _WORD = r'(?!(?:con|prn|aux|nul|com\d|lpt\d|ensembles)(?![\w-]))[A-Za-z0-9][\w-]{0,63}' # also a name that Windows accepts
 _MEMBER = re.compile(rf'(?:{_WORD}/)?(?:(?:plans|dataset|postprocessing|cross_validation)\.json|fold_(?:\d{{1,9}}|all)/(?:weights\.safetensors|(?:checkpoint|record)\.json))'
                      rf'|selection\.json|ensembles/{_WORD}(?:\+{_WORD})+/(?:postprocessing|summary)\.json', re.ASCII | re.IGNORECASE)
+def _folder_name(text): return re.sub(r'[^A-Za-z0-9_.+-]|^[^A-Za-z0-9]|\.$', '_', text)[:100]
 _TEXTS = ('plans.json', 'dataset.json', 'postprocessing.json', 'cross_validation.json')
 
 def _places(folder, configurations):
@@ -149,7 +150,7 @@ def _manifest(places, listed, about):
         real = name if name in plans.configurations else load_checkpoint(next(iter(sorted(where.glob('fold_*/checkpoint_*.pt')))))['configuration']
         models[real] = {'folder': prefix.rstrip('/'), 'folds': folds, 'plan': plans.identity(real), 'needs': plans.configuration(real).previous_stage}
         known = {key: dataset[key] for key in ('description', 'reference', 'licence', 'license', 'release') if isinstance(dataset.get(key), str)}
-        described = {'dataset': plans.dataset_name, 'cases': dataset.get('numTraining'), 'channels': list(plans.channels), 'labels': dataset.get('labels'), **known}
+        described = {'dataset': _folder_name(plans.dataset_name), 'cases': dataset.get('numTraining'), 'channels': list(plans.channels), 'labels': dataset.get('labels'), **known}
     return {'format': FORMAT, 'segnb_version': __version__, **about, 'trained_on': _private(described), 'configurations': models, 'members': listed}
 
 # %% ../nbs/84_exchange.ipynb #8e80d5d3
@@ -233,6 +234,8 @@ def _check_manifest(m, entries, file):
     if m.get('format') != FORMAT: raise ExchangeError('this is no model file of a format that is known', file=file, found=str(m.get('format'))[:100], expected=FORMAT)
     for key, kind in (('segnb_version', str), ('trained_on', dict), ('configurations', dict), ('members', dict)):
         if not isinstance(m.get(key), kind): refuse(f'{key}: {m.get(key)}')
+    for name in (m['trained_on'].get('dataset') or 'none', *m['configurations']): # folders may be named after them
+        if not isinstance(name, str) or _folder_name(name) != name: refuse(f'a name that is no name: {name!r}')
     if strange := [k for k in ('licence', 'description', 'citation') if not isinstance(m.get(k), (str, type(None)))]: refuse(f'{strange[0]} is no text')
     if odd := sorted(m['members'].keys() ^ (entries.keys() - {'manifest.json'})): refuse(f'{odd[0]} is listed or there, but not both')
     for name, one in m['members'].items():
@@ -337,18 +340,22 @@ _OPTIONS = {'norm': str, 'activation': str, 'convs_per_block': int, 'dropout': f
 
 def _origins(meta): return [v for v in meta.values() if isinstance(v, dict) and {'kind', 'name'} <= v.keys()]
 
-def _expected(plans, name, labels, meta, listed, size, file):
-    "{tensor: (shape, dtype)} of the network, built only where that is safe and cheap; None: it is not one of ours, nothing is known"
-    plan, origin = plans.configuration(name), next(iter(_origins(meta)), {})
-    factory = _FACTORIES.get(origin.get('name', 'segnb.network:build_network')) if origin or meta['settings'].get('network', 'build_network') in ('build_network', 'build_unet', 'build_residual_unet') else None
-    if factory is None: return None
-    options = {k: v for k, v in (origin.get('options') or {}).items() if k in _OPTIONS and isinstance(v, _OPTIONS[k])}
+def _network_fits(plan, n_inputs, n_outputs, listed, size, file, build=build_network, **options):
+    "{tensor: (shape, kind)} of the network of a plan, which is built only if weights of so many bytes can be its own"
     blocks = sum(plan.blocks_per_stage_encoder or ()) + sum(plan.blocks_per_stage_decoder or ()) + options.get('convs_per_block', 0)
     least = 4 * sum(n * n * math.prod(k) for n, k in zip(plan.features_per_stage, plan.conv_kernel_sizes)) # bytes: a network has at least one such convolution in every stage
-    if least > size or max(blocks, len(plan.conv_kernel_sizes)) > len(listed) or max(plans.n_inputs(name), labels.n_outputs) > size:
+    if least > size or max(blocks, len(plan.conv_kernel_sizes)) > len(listed) or max(n_inputs, n_outputs) > size:
         raise ExchangeError('the weights are too few for the network of the plan', file=file, found=f'{size} bytes in {len(listed)} tensors', expected=f'at least {least} bytes')
-    try: return {k: (tuple(v.shape), v.dtype) for k, v in factory(plan, plans.n_inputs(name), labels.n_outputs, **options).state_dict().items()}
+    try: return {k: (tuple(v.shape), v.dtype) for k, v in build(plan, n_inputs, n_outputs, **options).state_dict().items()}
     except Exception as error: raise ExchangeError('the plan describes no network', file=file, found=str(error)[:300]) from None
+
+def _expected(plans, name, labels, meta, listed, size, file):
+    "{tensor: (shape, kind)} of the network; None: it is not one of ours, nothing is known"
+    origin = next(iter(_origins(meta)), None)
+    known = origin['name'] if origin else f"segnb.network:{meta['settings'].get('network', 'build_network')}"
+    if known not in _FACTORIES: return None
+    options = {k: v for k, v in ((origin or {}).get('options') or {}).items() if k in _OPTIONS and isinstance(v, _OPTIONS[k])}
+    return _network_fits(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, listed, size, file, _FACTORIES[known], **options)
 
 # %% ../nbs/84_exchange.ipynb #2a28e7ad
 def _check_weights(weights, expected, name, file):
@@ -832,29 +839,33 @@ def _v1_labels(p, trainer, dataset, regions):
     if 'BraTSRegions' in trainer and '_BN' not in trainer: return _V1_REGIONS
     return {'labels': {'0': 'background', **{str(i + 1): f'label {i + 1}' for i in range(int(p['num_classes']))}}}
 
+def _v1_read(file, folder, dataset, regions, whole, source):
+    "What the `.model.pkl` of a checkpoint says: (plan of v1, plans, name, labels as JSON has them, is the network residual, source)"
+    info = read_pickle(file.with_name(file.name + '.pkl'))
+    try:
+        p, said = info['plans'], dict(system='nnU-Net v1', trainer=info['name'], plans=folder.name.partition('__')[2] or 'plans', dataset=_dataset_name(folder))
+        with _Weights(file) as w: residual = any(k.startswith('encoder.') for k in w.value['state_dict'])
+        name, configurations = _v1_configurations(info, p, residual, whole)
+        about = _v1_labels(p, info['name'], dataset, regions)
+        return p, _v1_plans(p, name, configurations, Labels.from_dict(about).foreground, said), name, about, residual, said
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        if isinstance(error, SegnbError): raise
+        raise ExchangeError('this is no plan of nnU-Net v1 that can be used', file=source, found=f'{type(error).__name__}: {error}'[:200]) from None
+
 def _v1_model(folder, source, folds, dataset, regions, whole):
     "Translate a folder of v1"
     found = _folds_of(folder, _V1_FILES, folds, source)
-    first = next(iter(next(iter(found.values())).values()))
-    info = read_pickle(first.with_name(first.name + '.pkl'))
-    try:
-        p, trainer = info['plans'], info['name']
-        with _Weights(first) as w: residual = any(k.startswith('encoder.') for k in w.value['state_dict'])
-        said = dict(system='nnU-Net v1', trainer=trainer, plans=folder.name.partition('__')[2] or 'plans', dataset=_dataset_name(folder))
-        name, configurations = _v1_configurations(info, p, residual, whole)
-        about = _v1_labels(p, trainer, dataset, regions)
-        labels = Labels.from_dict(about)
-        plans = _v1_plans(p, name, configurations, labels.foreground, said)
-    except SegnbError: raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise ExchangeError('this is no plan of nnU-Net v1 that can be used', file=source, found=f'{type(error).__name__}: {error}'[:200]) from None
+    (p, plans, name, about, residual, said), *others = [_v1_read(next(iter(files.values())), folder, dataset, regions, whole, source) for files in found.values()]
+    for fold, other in zip(list(found)[1:], others):
+        if other[2] != name or other[1].identity(name) != plans.identity(name): raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=other[2], fix='read the folds one by one: folds=...')
     _usual_preparation(p.get('preprocessor_name'), source, 'GenericPreprocessor', 'PreprocessorFor2D')
-    if not _V1_KNOWN.fullmatch(trainer): warnings.warn(f'{trainer[:100]} is not among the trainers that are known: its network is taken for the usual one', ExchangeWarning, stacklevel=4)
-    c = configurations[name]
-    tensors = v1_residual_key_map(c, norm=(c.network_options or {}).get('norm', 'instance')) if residual else v1_key_map(len(c.pool_op_kernel_sizes), norm=(c.network_options or {}).get('norm', 'instance'))
+    if not _V1_KNOWN.fullmatch(said['trainer']): warnings.warn(f"{said['trainer'][:100]} is not among the trainers that are known: its network is taken for the usual one", ExchangeWarning, stacklevel=5)
+    c = plans.configuration(name)
+    norm = (c.network_options or {}).get('norm', 'instance')
+    tensors = v1_residual_key_map(c, norm=norm) if residual else v1_key_map(len(c.pool_op_kernel_sizes), norm=norm)
     dataset = {'name': said['dataset'], **about, 'modality': {str(i): m for i, m in enumerate(plans.channels)}, 'numTraining': plans.trace.get('n_cases', 0)}
     rule = Postprocessing.load(folder/'postprocessing.json') if (folder/'postprocessing.json').is_file() and _parse((folder/'postprocessing.json').read_bytes(), 'postprocessing.json', source) else None
-    return _Official(plans, name, dataset, found, tensors, [] if 'noMirroring' in trainer else list(range(c.dimensions)), said, rule)
+    return _Official(plans, name, dataset, found, tensors, [] if 'noMirroring' in said['trainer'] else list(range(c.dimensions)), said, rule)
 
 def _usual_preparation(name, source, *known):
     if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source, found=str(name)[:100], expected=' or '.join(known))
@@ -1019,6 +1030,8 @@ def _checkpoint(model, fold, file, source):
     settings = {'network': 'build_network'}
     expected = _expected(model.plans, c.name, labels, {'settings': settings}, weights, file.stat().st_size, source)
     _check_weights(weights, expected, f'{file.parent.name}/{file.name}', source)
+    told = (state.get('init_args') or {}).get('configuration', c.name)
+    if told != c.name: raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=str(told)[:100], expected=c.name)
     axes, epoch = state.get('inference_allowed_mirroring_axes') or () if model.mirror_axes is None else model.mirror_axes, state.get('epoch', state.get('current_epoch'))
     if not isinstance(axes, (list, tuple)) or not all(type(a) is int and 0 <= a < c.dimensions for a in axes): raise ExchangeError('mirror axes that the network does not have', file=source, found=str(axes)[:100])
     return {'format': 'segnb checkpoint 1', 'segnb_version': __version__, 'configuration': c.name, 'fold': int(fold) if fold.isdigit() else fold, 'epoch': epoch if type(epoch) is int else 0,
