@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JobError', 'Job', 'job_levels', 'training_jobs', 'prediction_jobs', 'plan_jobs', 'load_jobs', 'job_states', 'run_job',
-           'job_command', 'torchrun_words', 'write_slurm', 'jobs_todo', 'show_jobs', 'run_jobs', 'main', 'dask_client',
-           'torchrun_lines', 'Rates', 'Machines', 'estimate_scale']
+           'job_command', 'write_slurm', 'jobs_todo', 'show_jobs', 'run_jobs', 'main', 'dask_client', 'torchrun_line',
+           'Rates', 'Machines', 'estimate_scale']
 
 # %% ../nbs/85_scaling.ipynb #12ccd17f
 import contextlib, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
@@ -250,22 +250,21 @@ def job_command(
     if job.nodes > 1 or (first == 'segnb' and words[0] == 'train' and job.gpus > 1):
         if first != 'segnb': raise JobError('only a segnb command can run on several nodes', case=job.name, found=first)
         head = _head(env) if job.nodes > 1 else None
-        line = torchrun_words(words, job.nodes, max(1, job.gpus), head, identity=f"{job.name}-{env.get('SLURM_JOB_ID', 0)}")
+        line = _torchrun(words, job.nodes, max(1, job.gpus), head, identity=f"{job.name}-{env.get('SLURM_JOB_ID', 0)}")
         return ['srun', f'--nodes={job.nodes}', '--ntasks-per-node=1', '--kill-on-bad-exit=1', *line] if job.nodes > 1 else line
     known = {'segnb': ['-m', 'segnb.cli'], 'torchrun': ['-m', 'torch.distributed.run'], 'python': []}
     return [sys.executable, *known[first], *words] if first in known else [first, *words]
 
 # %% ../nbs/85_scaling.ipynb #f71cdcd8
-def torchrun_words(words, nodes, per_node, head, port=29500, rank=None, identity='segnb', python=sys.executable):
-    "The words that start `segnb` in several processes, on one node or as a part of several"
+def _torchrun(words, nodes, per_node, head, port=29500, identity='segnb', python=sys.executable):
+    "The words that start `segnb` in several processes, on one node or on each of several"
     meet = ['--standalone'] if nodes == 1 else [f'--nnodes={nodes}', f'--rdzv_id={identity}', '--rdzv_backend=c10d', f'--rdzv_endpoint={head}:{port}']
-    turn = [] if rank is None else [f'--node_rank={rank}']
-    return [python, '-m', 'torch.distributed.run', *meet, *turn, f'--nproc_per_node={per_node}', '-m', 'segnb.cli', *words]
+    return [python, '-m', 'torch.distributed.run', *meet, f'--nproc_per_node={per_node}', '-m', 'segnb.cli', *words]
 
 def _head(env):
     "The first node of this SLURM job, where the processes meet"
     nodes = env.get('SLURM_JOB_NODELIST')
-    if not nodes: raise JobError('a job for several nodes runs under SLURM only', found='no SLURM_JOB_NODELIST', fix='use the lines of torchrun_lines, one a node')
+    if not nodes: raise JobError('a job for several nodes runs under SLURM only', found='no SLURM_JOB_NODELIST', fix='start the line of torchrun_line on each node')
     return subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True).stdout.split()[0]
 
 # %% ../nbs/85_scaling.ipynb #8f94ec43
@@ -297,6 +296,7 @@ fi
 exit $status
 '''
 
+# %% ../nbs/85_scaling.ipynb #80b63dd4
 _SUBMIT = '''#!/bin/bash
 # Hands over what is not done yet; options are passed on to sbatch. Safe to run again.
 set -euo pipefail
@@ -493,7 +493,7 @@ def dask_client(
         if isinstance(where, (str, Path)):
             local = re.fullmatch(r'local(?::(\d+))?', str(where))
             try:
-                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True, dashboard_address=None)) if local else None
+                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=40)) if local else None
                 where = stack.enter_context(Client(cluster) if local else Client(scheduler_file=str(where)) if str(where).endswith('.json') else Client(str(where), timeout=30))
             except (OSError, ValueError) as e: raise JobError('no Dask scheduler answers', found=f'{where}: {str(e).splitlines()[0]}', expected='local, local:4, tcp://host:8786, or a scheduler file', fix='start one: dask scheduler') from e
         yield stack.enter_context(use_executor(where))
@@ -504,20 +504,19 @@ def _processes(text):
     return int(text) if text else default_workers()
 
 # %% ../nbs/85_scaling.ipynb #e9ee241b
-def torchrun_lines(
-    command:str,          # A `segnb` command that trains
+def torchrun_line(
+    command:str,          # A `segnb train` command
     nodes:int,            # Machines
     per_node:int,         # Processes on each, one a GPU
     host:str,             # Name or address of the first, as the others know it
-    port:int=29500,       # Where they meet, free on the first
-    identity:str='segnb', # The same on all; another one for another training
-)->list:                  # The line for each node
-    "Give the lines that start one training on several nodes, one a node, all within a quarter of an hour; raises `JobError`"
+    port:int=29500,       # Where they meet; free on the first
+    identity:str='segnb', # Another one for another training
+)->str:                   # To be started on every node, within ten minutes
+    "Give the line that starts one training on several nodes; raises `JobError`"
     first, *words = shlex.split(command)
     if first != 'segnb' or words[:1] != ['train']: raise JobError('several nodes can share a training', found=command, expected='segnb train ...')
     if nodes < 1 or per_node < 1: raise JobError('a training needs a node and a process at least', found=f'{nodes} nodes, {per_node} processes')
-    words = [torchrun_words(words, nodes, per_node, host, port, k, identity, 'python') for k in range(nodes)]
-    return [shlex.join(w) for w in words]
+    return shlex.join(_torchrun(words, nodes, per_node, host, port, identity, 'python'))
 
 # %% ../nbs/85_scaling.ipynb #3bdef699
 @dataclass(frozen=True)

@@ -1,0 +1,301 @@
+"""Jobs: array scripts run by a false SLURM and by the local driver, real trainings cut off and gone on with; one training over two nodes."""
+import json, os, re, shutil, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import QUICK, ROOT, command, tiny_task
+
+from segnb.dataset import Dataset
+from segnb.image import SegnbError
+from segnb.scaling import Job, JobError, dask_client, estimate_scale, job_states, jobs_todo, load_jobs, main, plan_jobs, run_job, run_jobs, show_jobs, torchrun_line, write_slurm
+
+bash = pytest.mark.skipif(not shutil.which('bash'), reason='needs bash')
+
+SBATCH = '''#!/usr/bin/env python3
+"""A false sbatch: runs every number of an array at once, after its dependencies, as SLURM would; requeued ones again"""
+import json, os, re, subprocess, sys
+from pathlib import Path
+home = Path(os.environ['FALSE_SLURM'])
+calls = json.loads((home/'calls.json').read_text()) if (home/'calls.json').exists() else []
+options = [a for a in sys.argv[1:] if a.startswith('-')]
+script = sys.argv[-1]
+text = Path(script).read_text()
+array = next((o.split('=')[1] for o in options if o.startswith('--array')), re.search(r'--array=(\\S+)', text)[1]).split('%')[0]
+after = next((o.split('=')[1] for o in options if o.startswith('--dependency')), '')
+job = 100 + len(calls)
+ok = all(c['ok'] for c in calls if str(c['job']) in after.split(':')[1:])
+numbers = [n for p in array.split(',') for n in range(int(p.split('-')[0]), int(p.split('-')[-1]) + 1)]
+done = True
+if ok:
+    for n in numbers:
+        for restart in range(5):
+            (home/'requeue').unlink(missing_ok=True)
+            env = {**os.environ, 'SLURM_ARRAY_TASK_ID': str(n), 'SLURM_ARRAY_JOB_ID': str(job), 'SLURM_JOB_ID': str(job*10 + n), 'SLURM_RESTART_COUNT': str(restart)}
+            code = subprocess.run(['bash', script], env=env, stdout=sys.stderr).returncode
+            if not (home/'requeue').exists(): break
+        done &= code == 0
+calls.append(dict(job=job, script=script, array=array, after=after, options=options, ok=ok and done, began=ok))
+(home/'calls.json').write_text(json.dumps(calls))
+print(f'{job};cluster')
+'''
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    "A false sbatch, scontrol and srun on the path"
+    bin = tmp_path/'bin'
+    bin.mkdir()
+    tools = {'sbatch': SBATCH, 'scontrol': '#!/bin/sh\n[ "$1" = requeue ] && touch "$FALSE_SLURM/requeue" || { echo localhost; echo localhost; }\n',
+             'srun': '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == --nodes=* ]] && n=${1#--nodes=}; shift; done\nfor k in $(seq $n); do "$@" & p="$p $!"; done\ns=0; for q in $p; do wait $q || s=1; done; exit $s\n'}
+    for name, text in tools.items():
+        (bin/name).write_text(text)
+        (bin/name).chmod(0o755)
+    monkeypatch.setenv('PATH', f"{bin}:{os.environ['PATH']}")
+    monkeypatch.setenv('FALSE_SLURM', str(tmp_path))
+    return lambda: json.loads((tmp_path/'calls.json').read_text())
+
+
+def sh(text): return ('sh', '-c', text)
+
+def toys(folder, fails=''):
+    "prepare, three folds, choose"
+    def one(name, after=()): return Job(name, sh(f"{'exit 3; ' if name == fails else ''}echo {name} >> {folder}/order; echo x > {folder}/{name}.made"), after, (str(folder/f'{name}.made'),))
+    return [one('prepare'), *(one(f'fold-{k}', ('prepare',)) for k in range(3)), one('choose', tuple(f'fold-{k}' for k in range(3)))]
+
+def order(folder): return (folder/'order').read_text().split()
+
+
+@bash
+def test_the_scripts_are_bash_and_submit_hands_them_over_in_order(tmp_path, slurm):
+    submit = write_slurm(toys(tmp_path), tmp_path/'my jobs', at_once=2, options=('--account=me',), setup='echo set up')
+    scripts = sorted((tmp_path/'my jobs').glob('*.sh'))
+    assert [s.name for s in scripts] == ['00_prepare.sh', '01_fold.sh', '02_choose.sh', 'submit.sh'] and all(os.access(s, os.X_OK) for s in scripts)
+    for s in scripts: assert subprocess.run(['bash', '-n', s]).returncode == 0
+    done = subprocess.run(['bash', submit, '--partition=gpu'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    calls = slurm()
+    assert [c['array'] for c in calls] == ['0', '1-3', '4'] and [c['after'] for c in calls] == ['', 'afterok:100', 'afterok:101']
+    assert all('--partition=gpu' in c['options'] and c['ok'] for c in calls) and '--array=1-3%2' in calls[1]['options']
+    assert order(tmp_path)[0] == 'prepare' and order(tmp_path)[-1] == 'choose' and len(order(tmp_path)) == 5
+    assert set(job_states(tmp_path/'my jobs').values()) == {'done'}
+    again = subprocess.run(['bash', submit], capture_output=True, text=True)
+    assert again.returncode == 0 and len(slurm()) == 3, 'what is done was handed over again'
+
+
+@bash
+def test_after_a_failure_only_what_is_missing_is_handed_over(tmp_path, slurm):
+    submit = write_slurm(toys(tmp_path, fails='fold-1'), tmp_path/'jobs')
+    subprocess.run(['bash', submit], capture_output=True)
+    states = job_states(tmp_path/'jobs')
+    assert states == {'prepare': 'done', 'fold-0': 'done', 'fold-1': 'failed', 'fold-2': 'done', 'choose': 'waiting'}
+    assert [c['began'] for c in slurm()] == [True, True, False]
+    write_slurm(toys(tmp_path), tmp_path/'jobs') # mended
+    subprocess.run(['bash', submit], capture_output=True)
+    assert [(c['array'], c['after']) for c in slurm()[3:]] == [('2', ''), ('4', 'afterok:103')]
+    assert set(job_states(tmp_path/'jobs').values()) == {'done'} and order(tmp_path).count('fold-0') == 1
+
+
+@bash
+def test_a_time_limit_queues_a_job_again_and_it_goes_on(tmp_path, slurm):
+    made, begun = tmp_path/'made', tmp_path/'begun'
+    text = f'if [ "$1" = --continue ]; then echo went on > {made}; else echo x > {begun}; sleep 60; fi'
+    job = Job('long', ('sh', '-c', text, 'sh'), (), (str(made),), str(begun), ('--continue',))
+    submit = write_slurm([job], tmp_path/'jobs', grace=7)
+    assert '--signal=B:TERM@7' in (tmp_path/'jobs'/'00_long.sh').read_text()
+    run = subprocess.Popen(['bash', submit], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not begun.exists(): time.sleep(.05)
+    time.sleep(.3)
+    found = subprocess.run(['ps', '-eo', 'pid,args'], capture_output=True, text=True).stdout
+    shell = next(int(line.split()[0]) for line in found.splitlines() if re.search(r'\bbash 00_long\.sh$', line) and os.readlink(f'/proc/{line.split()[0]}/cwd') == str(tmp_path/'jobs'))
+    os.kill(shell, signal.SIGTERM) # what --signal=B:TERM does
+    run.communicate(timeout=60)
+    assert made.read_text() == 'went on\n'
+    note = json.loads((tmp_path/'jobs'/'state'/'long.json').read_text())
+    assert note['state'] == 'done' and note['attempts'] == 2
+    assert 'sleep' not in subprocess.run(['ps', '--ppid', str(shell)], capture_output=True, text=True).stdout, 'an orphan'
+
+
+def test_the_local_driver_keeps_order_and_runs_side_by_side(tmp_path):
+    jobs = [Job(f'a-{k}', sh(f'date +%s.%N > {tmp_path}/b{k}; sleep .8; date +%s.%N > {tmp_path}/e{k}; echo $CUDA_VISIBLE_DEVICES > {tmp_path}/d{k}')) for k in range(2)]
+    jobs.append(Job('z', sh(f'date +%s.%N > {tmp_path}/b2'), ('a-0', 'a-1')))
+    write_slurm(jobs, tmp_path/'jobs')
+    run_jobs(tmp_path/'jobs', 2, devices=('5', '7'), progress=False)
+    t = {f.name: float(f.read_text()) for f in tmp_path.glob('[be]?')}
+    assert max(t['b0'], t['b1']) < min(t['e0'], t['e1']), 'not side by side'
+    assert t['b2'] > max(t['e0'], t['e1']), 'did not wait'
+    assert sorted((tmp_path/f'd{k}').read_text().strip() for k in range(2)) == ['5', '7']
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_who_stops_the_driver_leaves_nothing_running(tmp_path, number):
+    write_slurm([Job('long', sh(f'echo $$ > {tmp_path}/pid; sleep 77')), Job('other', sh('true'), ('long',))], tmp_path/'jobs')
+    driver = subprocess.Popen([sys.executable, '-c', f'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nfrom segnb.scaling import run_jobs; run_jobs({str(tmp_path/"jobs")!r})'], stderr=subprocess.DEVNULL)
+    while not (tmp_path/'pid').exists(): time.sleep(.05)
+    time.sleep(.3)
+    driver.send_signal(number)
+    driver.wait(40)
+    pid = int((tmp_path/'pid').read_text())
+    assert not Path(f'/proc/{pid}').exists() and job_states(tmp_path/'jobs')['long'] == 'interrupted'
+
+
+def test_two_runners_of_one_job(tmp_path):
+    write_slurm([Job('long', sh(f'echo x >> {tmp_path}/began; sleep 1.5'))], tmp_path/'jobs')
+    first = threading.Thread(target=run_job, args=(tmp_path/'jobs', 0, str))
+    first.start()
+    while not (tmp_path/'began').exists(): time.sleep(.02)
+    assert job_states(tmp_path/'jobs') == {'long': 'running'} and jobs_todo(tmp_path/'jobs') == []
+    out = subprocess.run([sys.executable, '-m', 'segnb.scaling', 'run', str(tmp_path/'jobs'), '0'], capture_output=True, text=True)
+    assert out.returncode == 2 and 'running already' in out.stderr
+    first.join()
+    assert (tmp_path/'began').read_text() == 'x\n' and job_states(tmp_path/'jobs') == {'long': 'done'}
+
+
+def test_what_a_job_says_when_it_cannot(tmp_path, capsys):
+    target = tmp_path/'jobs'
+    write_slurm([Job('nothing', ('no-such-program',)), Job('liar', sh('true'), makes=(str(tmp_path/'never'),))], target)
+    said = []
+    assert run_job(target, 0, said.append) == 127 and 'No such file' in (target/'logs'/'nothing.log').read_text()
+    assert run_job(target, 1, said.append) == 1 and 'it ended well, but there is no' in said[-1]
+    assert '2 failed' in show_jobs(target)
+    with pytest.raises(JobError, match='no such job; found 9; expected 0 to 1'): run_job(target, 9)
+    with pytest.raises(SegnbError, match='no such file'): load_jobs(tmp_path)
+    (target/'jobs.json').write_text('{"jobs": [{"nome": 1}]}')
+    with pytest.raises(JobError, match='these are no jobs'): load_jobs(target)
+    assert main(['run', str(target), '0']) == 2 and 'these are no jobs' in capsys.readouterr().err
+
+
+@pytest.fixture(scope='module')
+def planned(tmp_path_factory):
+    "A tiny data set, preprocessed"
+    base = tmp_path_factory.mktemp('scaling')
+    raw, workspace = tiny_task('Task101_PhantomCT', base/'raw'/'Task201_TinyCT', (2, 3, 3)), base/'workspace'
+    for verb, args in dict(plan=(raw, '--planner', 'cpu'), preprocess=(raw.name,)).items():
+        done = command(verb, *args, '-w', workspace)
+        assert done.returncode == 0, done.stderr
+    return raw, workspace
+
+
+@bash
+def test_folds_as_jobs_killed_in_the_middle_go_on_and_make_what_one_run_makes(planned, tmp_path):
+    raw, workspace = planned[0], Path(shutil.copytree(planned[1], tmp_path/'workspace'))
+    options = (*QUICK[2:], '--epochs', 6, '-j', 0)
+    jobs = plan_jobs('train', '201', workspace, folds=(0, 1), options=options, gpus=0, select=True)
+    assert [j.name for j in jobs] == ['train-3d_fullres-0', 'train-3d_fullres-1', 'select'] and jobs[0].line().startswith('segnb train 201 0 -w')
+    write_slurm(jobs, tmp_path/'jobs', setup='export OMP_NUM_THREADS=1')
+    stop = threading.Event()
+    def kill(): # the whole node of fold 0 goes down once it has saved something
+        fold = workspace/'models'/raw.name/'3d_fullres'/'fold_0'
+        while not (fold/'checkpoint_latest.pt').exists():
+            if stop.wait(.01): return
+        for line in subprocess.run(['ps', '-eo', 'pid,args'], capture_output=True, text=True).stdout.splitlines():
+            if str(workspace) in line and 'train 201 0' in line: os.kill(int(line.split()[0]), signal.SIGKILL)
+    thread = threading.Thread(target=kill); thread.start()
+    try: run_jobs(tmp_path/'jobs', progress=False)
+    except JobError as error: # a killed command is a failed job; the dispatcher lives: run the line again
+        assert 'train-3d_fullres-0 is failed' in str(error)
+        assert set(run_jobs(tmp_path/'jobs', progress=False).values()) == {'done'}
+    stop.set(); thread.join()
+    model = workspace/'models'/raw.name/'3d_fullres'
+    log = (tmp_path/'jobs'/'logs'/'train-3d_fullres-0.log').read_text()
+    assert '--continue' in log and (model.parent/'selection.json').exists()
+    alone = command('train', 201, 0, '-w', shutil.copytree(planned[1], tmp_path/'alone'), *options)
+    assert alone.returncode == 0, alone.stderr
+    a, b = (torch.load(m/'fold_0'/'checkpoint_final.pt', weights_only=True)['network'] for m in (model, tmp_path/'alone'/'models'/raw.name/'3d_fullres'))
+    assert all(torch.equal(a[k], b[k]) for k in a), 'cut off and gone on with: other weights'
+    before = {f: f.stat().st_mtime_ns for f in model.rglob('*') if f.is_file()}
+    run_jobs(tmp_path/'jobs', progress=False)
+    assert before == {f: f.stat().st_mtime_ns for f in model.rglob('*') if f.is_file()}
+
+
+@bash
+def test_parts_of_a_prediction_as_jobs_make_the_label_maps_of_one(ct, tmp_path):
+    jobs = plan_jobs('predict', ct.raw/'imagesTs', tmp_path/'out', ct.model, 2, options=('--device', 'cpu', '-q'), gpus=0)
+    assert [len(j.makes) for j in jobs] == [1, 1]
+    write_slurm(jobs, tmp_path/'jobs')
+    run_jobs(tmp_path/'jobs', 2, progress=False)
+    for file in ct.predictions.glob('*.nii.gz'): assert (tmp_path/'out'/file.name).read_bytes() == file.read_bytes()
+    next((tmp_path/'out').glob('*.nii.gz')).unlink()
+    assert len(jobs_todo(tmp_path/'jobs')) == 1
+    run_jobs(tmp_path/'jobs', progress=False)
+    assert len(list((tmp_path/'out').glob('*.nii.gz'))) == 2
+    with pytest.raises(JobError, match='more parts than cases; found 3 parts, 2 cases'): plan_jobs('predict', ct.raw/'imagesTs', tmp_path/'out', ct.model, 3)
+    with pytest.raises(JobError, match='at least one part'): plan_jobs('predict', ct.raw/'imagesTs', tmp_path/'out', ct.model, 0)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+def trained_as_alone(model, alone):
+    a, b = (torch.load(m/'fold_0'/'checkpoint_final.pt', weights_only=True)['network'] for m in (model, alone))
+    return max(float((a[k] - b[k]).abs().max()/b[k].abs().max().clamp(min=1e-3)) for k in a) < 1e-3
+
+
+@pytest.fixture(scope='module')
+def alone(planned, tmp_path_factory):
+    workspace = Path(shutil.copytree(planned[1], tmp_path_factory.mktemp('alone')/'workspace'))
+    done = command('train', 201, 0, '-w', workspace, *QUICK, '--precision', 'fp32', '--no-validation', '-j', 0)
+    assert done.returncode == 0, done.stderr
+    return workspace/'models'/planned[0].name/'3d_fullres'
+
+
+def test_one_training_over_two_nodes(planned, alone, tmp_path):
+    workspace = Path(shutil.copytree(planned[1], tmp_path/'workspace'))
+    line = torchrun_line(f"segnb train 201 0 -w {workspace} {' '.join(map(str, QUICK))} --precision fp32 --no-validation -j 0", 2, 1, 'localhost', free_port(), 'two')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    nodes = [subprocess.Popen(line, shell=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    said = [n.communicate(timeout=200)[0] for n in nodes]
+    assert [n.returncode for n in nodes] == [0, 0], said
+    assert trained_as_alone(workspace/'models'/planned[0].name/'3d_fullres', alone)
+
+
+@bash
+def test_a_job_for_two_nodes_under_a_false_slurm(planned, alone, tmp_path, slurm, monkeypatch):
+    workspace = Path(shutil.copytree(planned[1], tmp_path/'workspace'))
+    jobs = plan_jobs('train', '201', workspace, folds=(0,), options=(*QUICK, '--precision', 'fp32', '--no-validation', '-j', 0), gpus=0, nodes=2, select=False)
+    monkeypatch.setenv('SLURM_JOB_NODELIST', 'localhost,localhost')
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    submit = write_slurm(jobs, tmp_path/'jobs')
+    assert '#SBATCH --nodes=2\n' in (tmp_path/'jobs'/'00_train-3d_fullres-0.sh').read_text()
+    subprocess.run(['bash', submit], capture_output=True)
+    assert job_states(tmp_path/'jobs') == {'train-3d_fullres-0': 'done'}, (tmp_path/'jobs'/'logs'/'train-3d_fullres-0.log').read_text()
+    assert trained_as_alone(workspace/'models'/planned[0].name/'3d_fullres', alone)
+
+
+def test_no_dask_scheduler_there():
+    pytest.importorskip('distributed')
+    with pytest.raises(JobError, match='no Dask scheduler answers.*nowhere.json'):
+        with dask_client('/nowhere.json'): pass
+    with pytest.raises(JobError, match='no Dask scheduler answers'):
+        with dask_client('somewhere'): pass
+    with pytest.raises(JobError, match='a process at least'):
+        with dask_client('local:0'): pass
+
+
+def test_without_dask_the_message_says_what_to_install():
+    code = "import sys; sys.modules['distributed'] = None\nfrom segnb.scaling import dask_client\nwith dask_client('local'): pass"
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'pip install "dask[distributed]"' in out.stderr and 'JobError' in out.stderr
+
+
+def test_importing_is_cheap():
+    code = "import sys, segnb.scaling; print([m for m in ('torch', 'distributed', 'matplotlib', 'SimpleITK', 'scipy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
+
+
+def test_the_arithmetic_agrees_with_what_preprocessing_foresees():
+    import numpy as np
+    from segnb.fingerprint import extract_fingerprint
+    from segnb.planning import plan_experiment
+    from segnb.preprocessing import estimate_case
+    data = Dataset(ROOT/'data_samples'/'Task102_PhantomMR')
+    plans = plan_experiment(extract_fingerprint(data, n_workers=0), planner='cpu')
+    image = data.read(data.cases[0])
+    shape, spacing = image.image.shape[1:], image.geometry.spacing
+    known = estimate_case(shape, spacing, plans, ('3d_fullres',))
+    resampled = known.disk/(np.prod(shape)*(4*len(plans.channels) + 1))
+    row = estimate_scale(1, shape, len(plans.channels), min(1., resampled))[0]
+    assert row['preprocess_hours']*3600*16 == pytest.approx(known.seconds, rel=.25)
