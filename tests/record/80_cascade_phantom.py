@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from segnb.augmentation import default_parameters, preset_parameters
 from segnb.cascade import build_cascade, make_trunks
 from segnb.dataset import Dataset
 from segnb.fingerprint import extract_fingerprint
@@ -25,7 +26,7 @@ from segnb.workers import read_json
 
 OUT = Path(__file__).resolve().parents[1]/'recorded'/'80_cascade_phantom.npz'
 OPTIONS = dict(epochs=20, iterations=25, val_iterations=2, n_workers=0, initial_lr=.02, progress=False)
-FIRST = dict(epochs=36)
+FIRST = dict(epochs=48, augmentation='none')  # so that minutes suffice
 
 
 def main(folder):
@@ -38,12 +39,14 @@ def main(folder):
         preprocess_dataset(dataset, plans, pre, ['3d_lowres', '3d_fullres'], n_workers=0)
         save_splits(five_folds(dataset.cases, n_folds=2), pre/'splits.json')
     settings = {k: v for k, v in OPTIONS.items() if k != 'progress'}
-    build_cascade(pre, models, folds=[0], first=FIRST, predict=dict(mirror=False), progress=False, say=lambda text: print(text, flush=True), **settings)
+    damage = default_parameters(plans.configuration('3d_cascade_fullres'))  # of the masks only
+    masks = preset_parameters('none', plans.configuration('3d_cascade_fullres')).replace(p_reshape_previous=damage.p_reshape_previous, p_remove_previous=damage.p_remove_previous)
+    build_cascade(pre, models, folds=[0], first=FIRST, predict=dict(mirror=False, step_size=.6), progress=False, say=lambda text: print(text, flush=True), augmentation=masks, **settings)
     alone = models/'3d_fullres'
     if not (alone/'fold_0'/'checkpoint_final.pt').exists():
-        trainer = Trainer(pre, alone, '3d_fullres', 0, **OPTIONS)
+        trainer = Trainer(pre, alone, '3d_fullres', 0, augmentation='none', **OPTIONS)
         trainer.resume() if (alone/'fold_0'/'checkpoint_latest.pt').exists() else trainer.fit()
-    validate_fold(alone, 0, pre, mirror=False, progress=False, overwrite=False)
+    validate_fold(alone, 0, pre, mirror=False, step_size=.6, progress=False, overwrite=False)
     names, dice, curves, arrays = ('3d_lowres', '3d_fullres', '3d_cascade_fullres'), {}, {}, {}
     for name in names:
         summary = read_json(models/name/'fold_0'/'validation'/'summary.json')
