@@ -332,7 +332,7 @@ def sparse_slices(
     every:int=8,          # Distance of the slices that stay, voxels
     axis:int=0,           # Across which axis: 0 (z), 1 (y), 2 (x)
 )->np.ndarray:            # (Z, Y, X) uint8 or uint16
-    "Keep every so manieth slice of an annotation and ignore the rest"
+    "Keep one slice in `every` of an annotation and ignore the rest; raises `RegionError`"
     m = np.asarray(label_map)
     if not 1 <= every <= m.shape[axis]: raise RegionError('slices cannot lie so far apart', found=every, expected=f'1 to {m.shape[axis]}')
     keep = np.zeros(m.shape[axis], bool)
