@@ -64,7 +64,8 @@ def regions_from_classes(
     "Declare regions over the classes of a data set; raises `RegionError` and `LabelError`"
     if labels.regions: raise RegionError('the data set has regions already', found=list(labels.regions), fix='give the data set with plain classes')
     if not regions: raise RegionError('no regions are named', expected='{"whole": [1, 2, 3], "core": [2, 3]}')
-    if {'background', 'ignore', labels.names[0]} & {*regions}: raise RegionError('a region needs a name of its own', found=[*regions], expected='neither background nor ignore')
+    if {'background', 'ignore', labels.names[0]} & {*regions}:
+        raise RegionError('a region needs a name of its own', found=[*regions], expected='neither background nor ignore')
     members = {name: _members(labels, name, m) for name, m in regions.items()}
     if lost := [f'{n} ({v})' for n, v in _values(labels).items() if v not in sum(members.values(), [])]:
         raise RegionError('a class is in no region, and nobody could predict it', found=', '.join(lost), fix='put it into a region, or make one of it')
@@ -94,7 +95,8 @@ def lost_labels(
 def _changed_copy(dataset, out, changes, link, job=None):
     "A data set of links to another one's files, with another declaration; `job` writes each label map anew: whole or not at all"
     source, out = Path(getattr(dataset, 'folder', dataset)), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise RegionError('the target exists already', file=out, fix='choose another name, or remove it first')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RegionError('the target exists already', file=out, fix='choose another name, or remove it first')
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{out.name}.', suffix='.making', dir=out.parent) as part:
         made = convert_nnunet(source, Path(part)/'Task000_copy', link=link)
@@ -171,7 +173,8 @@ def brats_scores(
     "Score regions as the BraTS challenge does: a region that both maps lack is right, one that a single map has is 373 mm away"
     regions = {n: tuple(labels.values[k] for k in m) for n, m in labels.regions.items()}
     convention = Convention(**BRATS_CONVENTION)
-    scores = evaluate_case(reference, prediction, [*regions.values()], spacing, ('dice', 'hd95'), convention=convention, ignore=labels.values.get(labels.ignore))
+    ignore = labels.values.get(labels.ignore)
+    scores = evaluate_case(reference, prediction, [*regions.values()], spacing, ('dice', 'hd95'), convention=convention, ignore=ignore)
     return {n: {'dice': scores[v]['dice'], 'hd95': 0. if math.isnan(scores[v]['hd95']) else scores[v]['hd95']} for n, v in regions.items()}
 
 # %% ../nbs/81_regions.ipynb #6ed73ae9
@@ -275,7 +278,8 @@ def _brats_tables(labels, roles, values):
     roles, values = roles or _brats_roles(labels), values or BRATS_VALUES
     for table, what in ((roles, 'roles'), (values, 'values')):
         numbers = [*table.values()]
-        if {*table} != {*BRATS_VALUES} or len({0, *numbers}) != 4: raise RegionError(f'the {what} must give each part a value of its own above 0', found=table, expected=[*BRATS_VALUES])
+        if {*table} != {*BRATS_VALUES} or len({0, *numbers}) != 4:
+            raise RegionError(f'the {what} must give each part a value of its own above 0', found=table, expected=[*BRATS_VALUES])
     return [0, *(roles[k] for k in BRATS_VALUES)], [0, *(values[k] for k in BRATS_VALUES)]
 
 def _translate(label_map, old, new):
@@ -387,7 +391,8 @@ def make_sparse_dataset(
     "Hide most of the annotation of a data set, to study what sparse annotation costs; raises `RegionError`"
     if not isinstance(dataset, Dataset): dataset = Dataset(dataset)
     if how not in SPARSE: raise RegionError('there is no such sparse annotation', found=how, expected=', '.join(SPARSE))
-    if strange := sorted({*(cases or ())} - {*dataset.cases}): raise RegionError('there are no such training cases', found=', '.join(strange[:5]), expected=', '.join(dataset.cases[:5]) + ' ...')
+    if strange := sorted({*(cases or ())} - {*dataset.cases}):
+        raise RegionError('there are no such training cases', found=', '.join(strange[:5]), expected=', '.join(dataset.cases[:5]) + ' ...')
     labels = dataset.labels
     ignore = max(labels.values.values()) + 1 if labels.ignore is None else labels.values[labels.ignore]
     declared = labels.to_dict('v2')
