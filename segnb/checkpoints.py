@@ -92,7 +92,7 @@ def _damage(file):
 def load_checkpoint(
     file,        # checkpoint_final.pt, checkpoint_best.pt or checkpoint_latest.pt
     plans=None,  # Plans it must have been trained with; None: any
-)->dict:         # 'network' (weights), 'configuration', 'fold', 'epoch' (epochs done), 'history', 'settings', 'plans', ...
+)->dict:         # 'network' (weights), 'configuration', 'fold', 'epoch' (epochs done), 'history', 'settings', 'plans', 'origin' (of the network), ...
     "Read a checkpoint on the CPU without running code from it; raises `CheckpointError`"
     file = Path(file)
     if not file.exists(): raise CheckpointError('there is no such checkpoint', file=file, fix='train first, or look at the folder\'s other checkpoints')

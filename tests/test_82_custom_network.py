@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from segnb.callbacks import ExamplePages
 from segnb.checkpoints import CheckpointError, load_checkpoint
 from segnb.custom_network import SwinUNet, WindowAttention, build_swin_unet, check_network, stored_source
 from segnb.ensembling import ensemble_probabilities
@@ -16,6 +17,7 @@ from segnb.network import NetworkError, NetworkWarning, build_network, find_fact
 from segnb.planning import Plans, plan_experiment
 from segnb.prediction import PredictionError, Predictor
 from segnb.preprocessing import preprocess_dataset
+from segnb.probe import probe
 from segnb.training import Trainer
 from segnb.validation import validate_fold
 from balls import REGIONS, make_task
@@ -141,6 +143,13 @@ def test_what_is_no_network_is_refused_before_work_starts(task, tmp_path, build,
 def test_an_option_that_a_factory_does_not_know_is_refused(task, tmp_path):
     for how in (dict(network_options={'colour': 'red'}), dict(checkpointing=True)):
         with pytest.raises(NetworkError, match='colour|checkpointing'): Trainer(task, tmp_path/'m', network=SWIN, **QUICK, **how)
+
+
+def test_what_looks_on_sees_lists(task, tmp_path):
+    "Pages of examples, the probe of speed and the search for a learning rate ask the network itself"
+    t = train(task, tmp_path/'m', network=lambda c, i, n: Answers(i, n, [1]), callbacks=(ExamplePages(every=1, n_patches=1),))
+    assert list((t.folder/'examples').glob('*.png'))
+    assert probe(Trainer(task, tmp_path/'p', network=lambda c, i, n: Answers(i, n, [1, 4]), **QUICK), 2, warm_up=0, compare=False).iterations == 2
 
 
 # Ensembles and validation -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ def test_without_monai_it_says_what_to_install(task, monkeypatch):
 
 @has_monai
 @pytest.mark.parametrize('options, n', [(dict(network='DynUNet'), 3), (dict(network='UNet'), 1), (dict(network='SegResNet', init_filters=8), 1),
-                                        (dict(network='SwinUNETR', window_size=2, depths=[1]*4, num_heads=[1]*4), 1)], ids=lambda v: str(v)[:30])
+                                        (dict(network='SwinUNETR', window_size=2, depths=[1]*4, num_heads=[1]*4, norm_name='batch'), 1)], ids=lambda v: str(v)[:30])
 def test_trained_saved_and_found_again(task, tmp_path, options, n):
     t = Trainer(task, tmp_path/'m'/'3d_fullres', network=build_monai, network_options=options, **QUICK)
     assert len(t.criterion.weights) == n
