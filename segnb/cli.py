@@ -235,7 +235,45 @@ def _convert_arguments(p):
         if kind == 'brats': k.add_argument('--regions', action='store_true', help='train on whole tumour, tumour core and enhancing tumour, which overlap')
         if kind in ('decathlon', 'nnunet'): _convert_numbers(k, kind)
         if kind in ('pairs', 'pictures'): _convert_names(k, sources[1][:-1])
+    _made_kinds(kinds)
     return _run_convert
+
+# %% ../nbs/90_cli.ipynb #f6163996
+_MADE = {'regions': 'a data set with regions over the label maps of another one', 'sparse': 'a copy of a data set in which most of the annotation is hidden, for study',
+         'to-brats': 'predictions with the values of BraTS, 1, 2 and 4'}
+
+def _made_kinds(kinds):
+    "Add the kinds that begin with a data set, or with predictions"
+    for kind, text in _MADE.items():
+        k = kinds.add_parser(kind, help=text, description=f'Make {text}.')
+        k.add_argument('source', help='folder of predictions' if kind == 'to-brats' else 'data set: folder')
+        k.add_argument('out', help='folder to make')
+        if kind != 'to-brats': k.add_argument('--link', default='auto', choices=['auto', 'symlink', 'hardlink', 'reference'], help='how files are linked (default: the first that works)')
+        if kind == 'to-brats': k.add_argument('-l', '--labels', metavar='FILE', help='dataset.json (default: the one near the predictions)')
+        if kind == 'regions':
+            k.add_argument('--classes', nargs='+', type=_pairs, required=True, metavar='NAME=VALUES', help="regions, such as 'whole tumour=1,2,3' core=2,3 enhancing=3")
+            k.add_argument('--order', nargs='+', type=int, metavar='VALUE', help='the value that each region writes, the outermost first (default: found from the nesting)')
+        if kind == 'sparse':
+            k.add_argument('--how', default='slices', choices=['slices', 'scribbles'], help='what stays (default: slices)')
+            for name, text in (('every', 'slices: distance of those that stay, voxels (default: 8)'), ('axis', 'slices: across which axis, 0 (z) to 2 (default: 0)'), ('strokes', 'scribbles: strokes for each label (default: 6)'),
+                               ('seed', 'of what is kept (default: 0)')): k.add_argument(f'--{name}', type=_count, help=text)
+            k.add_argument('--cases', nargs='+', metavar='CASE', help='cases to make sparse, the others stay whole (default: all)')
+            _arguments(k, 'workers')
+
+def _run_made(a):
+    from segnb import regions
+    if a.kind == 'to-brats':
+        from segnb.labels import Labels
+        from segnb.workers import read_json
+        made = regions.export_brats(a.source, a.out, Labels.from_dict(read_json(a.labels), a.labels) if a.labels else None)
+        print(f'{len(made)} label maps in {a.out}')
+        return {'label_maps': made}
+    if a.kind == 'regions': made = regions.make_region_dataset(a.source, a.out, dict(a.classes), a.order, link=a.link)
+    else:
+        wanted = {'slices': {'every': a.every, 'axis': a.axis}, 'scribbles': {'n': a.strokes}}[a.how] | {'seed': a.seed, 'cases': a.cases, 'n_workers': a.workers}
+        made = regions.make_sparse_dataset(a.source, a.out, a.how, link=a.link, **{k: v for k, v in wanted.items() if v is not None})
+    print(f'{made.folder}: {len(made.cases)} cases')
+    return {'dataset': made.folder}
 
 # %% ../nbs/90_cli.ipynb #87c1f626
 def _convert_numbers(k, kind):
@@ -249,10 +287,12 @@ def _convert_names(k, other):
     k.add_argument(f'--{other}-pattern', help="how the others are called, such as '{case}_seg.nii.gz'")
     k.add_argument('--channels', nargs='+', help='names of the channels, in order')
     k.add_argument('--classes', nargs='+', type=_pairs, help='background=0 liver=1 tumour=2 (regions: whole=1,2)')
+    k.add_argument('--order', nargs='+', type=int, dest='regions_class_order', metavar='VALUE', help='with regions: the value that each of them writes')
     k.add_argument('--unlabelled', choices=['refuse', 'test'], help='images without truth: refuse, or make them cases to predict')
 
 def _run_convert(a):
-    names = ('dry_run', 'link', 'regions', 'task', 'pattern', 'label_pattern', 'mask_pattern', 'channels', 'unlabelled')
+    if a.kind in _MADE: return _run_made(a)
+    names = ('dry_run', 'link', 'regions', 'task', 'pattern', 'label_pattern', 'mask_pattern', 'channels', 'regions_class_order', 'unlabelled')
     options = {n: getattr(a, n) for n in names if getattr(a, n, None) is not None}
     if getattr(a, 'workers', None) is not None: options['n_workers'] = a.workers
     if getattr(a, 'classes', None): options['classes'] = dict(a.classes)
@@ -605,6 +645,7 @@ def _recipe_arguments(add):
     add('--mirror-axes', nargs='*', type=lambda text: int(text) if text.isdecimal() else text, default=None, metavar='AXIS', help="axes that may be mirrored: 0 1 2, or names such as superior-inferior; nothing after the option: none (default: all)")
     add('--oversample', type=float, default=None, help='share of patches forced to show foreground (default: 0.33)')
     add('--sampling', default=None, choices=['position', 'probability'], help='forced by the place in the batch, or by chance (default: position)')
+    add('--around-annotated', action='store_true', help='with an ignore label: every patch shows something that was judged; given again with --continue')
     add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs')
     add('--seed', type=int, default=None, help='seed of weights and batches (default: 0)')
     add('--deterministic', action='store_true', default=None, help='only algorithms that repeat bit for bit, also on a GPU')
@@ -689,6 +730,9 @@ def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
     options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a)) | ({'network': a.network} if a.network else {})
+    if a.around_annotated:
+        from segnb.regions import annotated_batches
+        options['batches'] = annotated_batches
     options = _started(a, options)
     if a.probe or a.find_lr:
         found = look(a.dataset, a.workspace, a.configuration, a.fold, 'probe' if a.probe else 'learning rate', **options)

@@ -101,8 +101,8 @@ def test_jobs_of_a_cross_validation_wait_for_each_other(ct, segnb, tmp_path):
 
 def test_cases_go_to_a_dask_cluster(ct, segnb, tmp_path):
     pytest.importorskip('distributed')
-    succeeded(segnb('evaluate', '-r', ct.raw/'labelsTs', '-p', ct.predictions, '-l', ct.raw/'dataset.json', '--dask', 'local:1', '-q'))
-    refused(segnb('evaluate', '-r', ct.raw/'labelsTs', '-p', ct.predictions, '-l', ct.raw/'dataset.json', '--dask', 'nowhere.json', '-q'), 'Dask')
+    succeeded(segnb('evaluate', '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-l', ct.raw/'dataset.json', '--dask', 'local:1', '-q'))
+    refused(segnb('evaluate', '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-l', ct.raw/'dataset.json', '--dask', 'nowhere.json', '-q'), 'Dask')
 
 
 def test_a_network_goes_to_onnx_and_answers_alike(ct, segnb, tmp_path):
