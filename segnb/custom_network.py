@@ -218,6 +218,7 @@ def _train_on_noise(net, in_channels, shapes, steps, patch_size):
     idle = [name for name, p in net.named_parameters() if p.requires_grad and p.grad is None]
     return losses, sum(n for pointer, n in kept.items() if pointer not in own), idle
 
+# %% ../nbs/82_custom_network.ipynb #9020b4ae
 def _predicts(net, factory, how, patch_size):
     "What would go wrong between training and prediction: sentences; raises `NetworkError` where the weights would not load"
     x, axes, state = torch.randn(2, how[1], *patch_size, device=next(net.parameters()).device), len(patch_size), net.state_dict()
