@@ -506,6 +506,7 @@ class _Dask(_Pool):
 # %% ../nbs/13_workers.ipynb #0f0ab8ad
 @patch
 def answers(self:_Dask, futures):
+    "Fetch what is ready in one go, and tell of workers that died"
     ready = {i: f for i, f in futures.items() if f.status == 'finished'}
     try: found = dict(zip(ready, self.executor.gather(list(ready.values())))) if len(ready) > 1 else {}
     except Exception: found = {} # a worker died with some of them: one by one
@@ -514,6 +515,7 @@ def answers(self:_Dask, futures):
 
 @patch
 def finished(self:_Dask):
+    "The same; warns of a cluster without workers, and gives up one that lost them for long"
     found = _Pool.finished(self)
     if found or self.executor.scheduler_info(n_workers=-1)['workers']: self.empty = None
     elif self.empty is None:
@@ -526,6 +528,7 @@ def finished(self:_Dask):
 
 @patch
 def close(self:_Dask):
+    "Call off what is left, and take the function back"
     if self.futures: self.executor.cancel(list(self.futures.values()))
     with contextlib.suppress(Exception):
         self.executor.unsubscribe_topic('all')
