@@ -198,6 +198,7 @@ def from_folder(cls:Predictor,
     elif unseen: warnings.warn(f'mirroring along {unseen}: the training mirrored along {mirrored} only', PredictionWarning, stacklevel=3)
     return predictor
 
+# %% ../nbs/64_prediction.ipynb #973c5de7
 def _one_origin(origins):
     "What built the networks of all folds; raises `PredictionError` where they differ"
     said = {file: ((o or {}).get('name', _USUAL['name']), (o or {}).get('options', {})) for file, o in origins.items()}

@@ -323,6 +323,7 @@ def _criterion(t):
     kind = DeepSupervisionLoss if isinstance(t.net, UNet) else _OutputsLoss
     return kind(t.loss_function, deep_supervision_weights(len(t.scales), own or t.plans.planner == 'nnunet_v1_residual')).to(t.torch_device)
 
+# %% ../nbs/53_training.ipynb #73d93d22
 def _open_streams(t):
     "The streams that training and validation draw from"
     t.parameters = _parameters(t)
