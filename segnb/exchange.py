@@ -26,7 +26,7 @@ class ExchangeError(SegnbError):
     "Say why a model cannot be handed on, or why a file is not trusted"
 
 FORMAT = 'segnb model 1'
-MOST = dict(members=4096, json=64 << 20, header=16 << 20, depth=64) # what a model file may hold: members, bytes of a text, of a list of tensors, brackets in brackets
+MOST = dict(members=4096, json=64 << 20, header=16 << 20, depth=64) # members, bytes of a text, bytes of a list of tensors, brackets in brackets
 
 def _parse(raw, name, file):
     "The object in a JSON text that may be hostile"
@@ -88,12 +88,14 @@ def _private(obj, names=None, here=False):
 def _described(obj, member, names):
     "What a text of the model says to others"
     if member.endswith('selection.json'): obj = {k: v for k, v in obj.items() if k != 'commands'} # they name folders, and are made anew where the model lies
-    if member.endswith('dataset.json'): obj = {k: v for k, v in obj.items() if k not in ('source', 'converted_from') + ('training', 'test') * (names is not None)}
+    if member.endswith('dataset.json'): obj = {k: v for k, v in obj.items() if k not in ('source', 'converted_from') + ('training',
+                                                                                                    'test') * (names is not None)}
     return _private(obj, names)
 
 # %% ../nbs/84_exchange.ipynb #f9044b32
 _WORD = r'(?!(?:con|prn|aux|nul|com\d|lpt\d|ensembles)(?![\w-]))[A-Za-z0-9][\w-]{0,63}' # also a name that Windows accepts
-_MEMBER = re.compile(rf'(?:{_WORD}/)?(?:(?:plans|dataset|postprocessing|cross_validation)\.json|fold_(?:\d{{1,9}}|all)/(?:weights\.safetensors|(?:checkpoint|record)\.json))'
+_MEMBER = re.compile(rf'(?:{_WORD}/)?(?:(?:plans|dataset|postprocessing|cross_validation)\.json'
+                     rf'|fold_(?:\d{{1,9}}|all)/(?:weights\.safetensors|(?:checkpoint|record)\.json))'
                      rf'|selection\.json|ensembles/{_WORD}(?:\+{_WORD})+/(?:postprocessing|summary)\.json', re.ASCII | re.IGNORECASE)
 def _folder_name(text): return re.sub(r'[^A-Za-z0-9_.+-]|^[^A-Za-z0-9]|\.$', '_', text)[:100]
 _TEXTS = ('plans.json', 'dataset.json', 'postprocessing.json', 'cross_validation.json')
@@ -105,9 +107,12 @@ def _places(folder, configurations):
         before = plans.configurations[folder.name].previous_stage if folder.name in plans.configurations else None
         if not before or not (folder.parent/before/'plans.json').exists(): return {folder.name: (folder, '')}
         folder, configurations = folder.parent, (before, folder.name) # the second stage of a cascade is nothing without the first
-    names = [f.parent.name for f in sorted(folder.glob('*/plans.json'))] if not configurations else [configurations] if isinstance(configurations, str) else list(configurations)
-    if not names: raise ExchangeError('there is no trained model', file=folder, expected='plans.json and fold_*, or folders of configurations', fix='train first')
-    if lost := [n for n in names if not (folder/n/'plans.json').exists()]: raise ExchangeError('there is no such configuration', file=folder, found=', '.join(lost))
+    names = [f.parent.name for f in sorted(folder.glob('*/plans.json'))] if not configurations else [configurations] if isinstance(configurations,
+                                                                                                    str) else list(configurations)
+    if not names:
+        raise ExchangeError('there is no trained model', file=folder, expected='plans.json and fold_*, or folders of configurations', fix='train first')
+    if lost := [n for n in names if not (folder/n/'plans.json').exists()]:
+        raise ExchangeError('there is no such configuration', file=folder, found=', '.join(lost))
     return {name: (folder/name, f'{name}/') for name in names}
 
 def _checkpoints(folder, folds, checkpoint):
@@ -116,12 +121,14 @@ def _checkpoints(folder, folds, checkpoint):
     wanted = [f for f in there if f != 'all'] or list(there) if folds is None else [str(f) for f in (folds if isinstance(folds, (list, tuple)) else [folds])]
     lost = [f for f in wanted if f not in there]
     if lost or not wanted:
-        raise ExchangeError(f'no checkpoint_{checkpoint}.pt', file=folder, found=f"folds {', '.join(there) or 'none'}", expected=f"fold {', '.join(lost)}" if lost else 'a trained fold',
+        raise ExchangeError(f'no checkpoint_{checkpoint}.pt', file=folder, found=f"folds {', '.join(there) or 'none'}",
+                            expected=f"fold {', '.join(lost)}" if lost else 'a trained fold',
                             fix="train it, or export checkpoint='best' or 'latest'")
     return {fold: there[fold] for fold in wanted}
 
 # %% ../nbs/84_exchange.ipynb #fa4ff4a0
-_LEFT_OUT = ('format', 'network', 'optimizer', 'scaler', 'schedule', 'callbacks', 'plans', 'pace') # of a checkpoint: weights travel apart, the rest serves only to train on
+# of a checkpoint: weights travel apart, the rest serves only to train on
+_LEFT_OUT = ('format', 'network', 'optimizer', 'scaler', 'schedule', 'callbacks', 'plans', 'pace')
 
 def _members(places, folds, checkpoint, names):
     "Yield (name, bytes) of every member but the manifest, one checkpoint in memory at a time"
@@ -131,7 +138,8 @@ def _members(places, folds, checkpoint, names):
         plans = Plans.load(where/'plans.json')
         for fold, file in _checkpoints(where, folds, checkpoint).items():
             state, at = load_checkpoint(file, plans), f'{prefix}fold_{fold}'
-            if prefix and state['configuration'] != name: raise ExchangeError('the folder holds another configuration than its name says', file=where, found=state['configuration'])
+            if prefix and state['configuration'] != name:
+                raise ExchangeError('the folder holds another configuration than its name says', file=where, found=state['configuration'])
             yield f'{at}/weights.safetensors', _weights_file(state['network'])
             kept = {k: v for k, v in state.items() if k not in _LEFT_OUT}
             yield f'{at}/checkpoint.json', _text(_private(kept, names) | {'exported_from': file.name})
@@ -139,7 +147,8 @@ def _members(places, folds, checkpoint, names):
     if any(prefix for _, prefix in places.values()):
         task = next(iter(places.values()))[0].parent
         for file in [f for pattern in ('selection.json', 'ensembles/*/postprocessing.json', 'ensembles/*/summary.json') for f in sorted(task.glob(pattern))]:
-            if file.parent == task or set(file.parent.name.split('+')) <= set(places): yield file.relative_to(task).as_posix(), _text(_described(read_json(file), file.name, names))
+            if file.parent == task or set(file.parent.name.split('+')) <= set(places):
+                yield file.relative_to(task).as_posix(), _text(_described(read_json(file), file.name, names))
 
 def _manifest(places, listed, about):
     "What the file says of itself"
@@ -150,7 +159,8 @@ def _manifest(places, listed, about):
         real = name if name in plans.configurations else load_checkpoint(next(iter(sorted(where.glob('fold_*/checkpoint_*.pt')))))['configuration']
         models[real] = {'folder': prefix.rstrip('/'), 'folds': folds, 'plan': plans.identity(real), 'needs': plans.configuration(real).previous_stage}
         known = {key: dataset[key] for key in ('description', 'reference', 'licence', 'license', 'release') if isinstance(dataset.get(key), str)}
-        described = {'dataset': _folder_name(plans.dataset_name), 'cases': dataset.get('numTraining'), 'channels': list(plans.channels), 'labels': dataset.get('labels'), **known}
+        described = {'dataset': _folder_name(plans.dataset_name), 'cases': dataset.get('numTraining'), 'channels': list(plans.channels),
+                     'labels': dataset.get('labels'), **known}
     return {'format': FORMAT, 'segnb_version': __version__, **about, 'trained_on': _private(described), 'configurations': models, 'members': listed}
 
 # %% ../nbs/84_exchange.ipynb #8e80d5d3
@@ -178,12 +188,14 @@ def export_model(
     places = _places(folder, configurations)
     before = read_json(folder/'manifest.json') if (folder/'manifest.json').exists() else {} # of a model that came as a file itself
     about = {k: v if v is not None else before.get(k) for k, v in dict(licence=licence, description=description, citation=citation).items()}
-    if wrong := [k for k, v in about.items() if not isinstance(v, (str, type(None)))]: raise ExchangeError(f'{wrong[0]} must be a text', found=repr(about[wrong[0]]))
+    if wrong := [k for k, v in about.items() if not isinstance(v, (str, type(None)))]:
+        raise ExchangeError(f'{wrong[0]} must be a text', found=repr(about[wrong[0]]))
     check_writable(file.parent)
     with whole_file(file) as part:
         with zipfile.ZipFile(part, 'w', zipfile.ZIP_STORED) as archive:
             for name, raw in _members(places, folds, checkpoint, None if case_names else {}):
-                if not _MEMBER.fullmatch(name): raise ExchangeError('a name cannot travel', file=folder, found=name, expected='letters, digits, _ and -, at most 64')
+                if not _MEMBER.fullmatch(name):
+                    raise ExchangeError('a name cannot travel', file=folder, found=name, expected='letters, digits, _ and -, at most 64')
                 _put(archive, name, raw)
                 listed[name] = {'size': len(raw), 'sha256': hashlib.sha256(raw).hexdigest()}
             _put(archive, 'manifest.json', _text(_manifest(places, listed, about)))
@@ -208,7 +220,8 @@ def _directory(f, size, file):
 def _entries(archive, f, start, count, file):
     "The members by name, if their bytes lie one after the other from the first byte to the list, as `export_model` puts them"
     entries, at = archive.infolist(), 0
-    def refuse(what, name): raise ExchangeError('this is no model file that can be trusted', file=file, found=f'{name[:100]!r}: {what}', expected='a file that export_model wrote')
+    def refuse(what, name):
+        raise ExchangeError('this is no model file that can be trusted', file=file, found=f'{name[:100]!r}: {what}', expected='a file that export_model wrote')
     for name, n in Counter(e.orig_filename.casefold() for e in entries).items():
         if n > 1: refuse('the name of two members', name)
     for e in entries:
@@ -224,14 +237,17 @@ def _entries(archive, f, start, count, file):
         if f.read(n_name) != name.encode('ascii') or n_more > 20: refuse('it has two names', name)
         at += 30 + n_name + n_more + e.file_size
         if at > start: refuse('longer than the file', name)
-    if at != start or len(entries) != count: raise ExchangeError('this is no model file, or it is cut off', file=file, found=f'{len(entries)} members of {at} bytes, and a list of {count} at {start}')
+    if at != start or len(entries) != count:
+        raise ExchangeError('this is no model file, or it is cut off', file=file,
+                            found=f'{len(entries)} members of {at} bytes, and a list of {count} at {start}')
     return {e.filename: e for e in entries}
 
 # %% ../nbs/84_exchange.ipynb #24482907
 def _check_manifest(m, entries, file):
     "Refuse a manifest that is not complete, or that does not list exactly what is there"
     def refuse(what): raise ExchangeError('manifest.json cannot be trusted', file=file, found=str(what)[:200])
-    if m.get('format') != FORMAT: raise ExchangeError('this is no model file of a format that is known', file=file, found=str(m.get('format'))[:100], expected=FORMAT)
+    if m.get('format') != FORMAT:
+        raise ExchangeError('this is no model file of a format that is known', file=file, found=str(m.get('format'))[:100], expected=FORMAT)
     for key, kind in (('segnb_version', str), ('trained_on', dict), ('configurations', dict), ('members', dict)):
         if not isinstance(m.get(key), kind): refuse(f'{key}: {m.get(key)}')
     for name in (m['trained_on'].get('dataset') or 'none', *m['configurations']): # folders may be named after them
@@ -239,16 +255,19 @@ def _check_manifest(m, entries, file):
     if strange := [k for k in ('licence', 'description', 'citation') if not isinstance(m.get(k), (str, type(None)))]: refuse(f'{strange[0]} is no text')
     if odd := sorted(m['members'].keys() ^ (entries.keys() - {'manifest.json'})): refuse(f'{odd[0]} is listed or there, but not both')
     for name, one in m['members'].items():
-        if not isinstance(one, dict) or one.get('size') != entries[name].file_size or not re.fullmatch('[0-9a-f]{64}', str(one.get('sha256'))): refuse(f'{name}: {one}')
+        if not isinstance(one, dict) or one.get('size') != entries[name].file_size or not re.fullmatch('[0-9a-f]{64}', str(one.get('sha256'))):
+            refuse(f'{name}: {one}')
     if not m['configurations']: refuse('no configuration')
     expected = set()
     for name, one in m['configurations'].items():
         folder, folds = (one.get('folder'), one.get('folds')) if isinstance(one, dict) else (None, None)
         if folder not in ('', name) or not isinstance(folds, list) or not folds or not all(isinstance(f, str) for f in folds): refuse(f'{name}: {one}')
         if folder == '' and len(m['configurations']) > 1: refuse('several configurations in one folder')
-        expected |= {f'{folder}/{part}'.lstrip('/') for part in (*_TEXTS[:2], *(f'fold_{f}/{p}' for f in folds for p in ('weights.safetensors', 'checkpoint.json')))}
+        expected |= {f'{folder}/{part}'.lstrip('/') for part in (*_TEXTS[:2],
+                                                                 *(f'fold_{f}/{p}' for f in folds for p in ('weights.safetensors', 'checkpoint.json')))}
     if lost := sorted(expected - entries.keys()): refuse(f'{lost[0]} is missing')
-    if extra := [n for n in entries if n.endswith(('weights.safetensors', 'checkpoint.json')) and n not in expected]: refuse(f'{extra[0]} belongs to no configuration')
+    if extra := [n for n in entries if n.endswith(('weights.safetensors', 'checkpoint.json')) and n not in expected]:
+        refuse(f'{extra[0]} belongs to no configuration')
     return m
 
 # %% ../nbs/84_exchange.ipynb #7c3f7f24
@@ -275,7 +294,8 @@ class _Archive:
     def read(self, name, most=None):
         "The bytes of a member, which agree with its checksum"
         if name not in self.entries: raise ExchangeError(f'{name} is missing', file=self.file)
-        if most and self.entries[name].file_size > most: raise ExchangeError(f'{name} is too long', file=self.file, found=f'{self.entries[name].file_size} bytes', expected=f'at most {most}')
+        if most and self.entries[name].file_size > most:
+            raise ExchangeError(f'{name} is too long', file=self.file, found=f'{self.entries[name].file_size} bytes', expected=f'at most {most}')
         try: raw = self.zip.read(name)
         except Exception as error: raise ExchangeError(f'{name} is damaged', file=self.file, found=str(error)[:200]) from None
         if name != 'manifest.json' and hashlib.sha256(raw).hexdigest() != self.manifest['members'][name]['sha256']:
@@ -285,7 +305,7 @@ class _Archive:
     def json(self, name): return _parse(self.read(name, MOST['json']), name, self.file)
 
 # %% ../nbs/84_exchange.ipynb #2f884817
-@dataclass
+@dataclass(repr=False)
 class ModelCard:
     "What a model file says of itself"
     file:Path          # The file
@@ -312,8 +332,11 @@ class ModelCard:
 
     def __str__(self): return '\n'.join(f'{k:21}{v}' for k, v in self.rows())
 
+    __repr__ = __str__
+
     def _repr_html_(self): return '<table>' + ''.join(f'<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>' for k, v in self.rows()) + '</table>'
 
+# %% ../nbs/84_exchange.ipynb #a995054d
 def describe_model(
     file, # A file that `export_model` wrote
 )->ModelCard:
@@ -331,8 +354,10 @@ def _check_configuration(archive, name):
     except Exception as error:
         if isinstance(error, ExchangeError): raise
         raise ExchangeError('the plan or the description of the data set cannot be used', file=file, found=str(error)[:300]) from None
-    if identity != one.get('plan'): raise ExchangeError('plans.json is not the plan that the manifest names', file=file, found=identity, expected=str(one.get('plan'))[:100])
-    if tuple(plans.labels) != tuple(labels.foreground): raise ExchangeError('plans.json and dataset.json have other labels', file=file, found=list(labels.foreground), expected=list(plans.labels))
+    if identity != one.get('plan'):
+        raise ExchangeError('plans.json is not the plan that the manifest names', file=file, found=identity, expected=str(one.get('plan'))[:100])
+    if tuple(plans.labels) != tuple(labels.foreground):
+        raise ExchangeError('plans.json and dataset.json have other labels', file=file, found=list(labels.foreground), expected=list(plans.labels))
     return prefix, plans, labels
 
 _FACTORIES = {f'segnb.network:{f.__name__}': f for f in (build_network, build_unet, build_residual_unet)}
@@ -343,9 +368,11 @@ def _origins(meta): return [v for v in meta.values() if isinstance(v, dict) and 
 def _network_fits(plan, n_inputs, n_outputs, listed, size, file, build=build_network, **options):
     "{tensor: (shape, kind)} of the network of a plan, which is built only if weights of so many bytes can be its own"
     blocks = sum(plan.blocks_per_stage_encoder or ()) + sum(plan.blocks_per_stage_decoder or ()) + options.get('convs_per_block', 0)
-    least = 4 * sum(n * n * math.prod(k) for n, k in zip(plan.features_per_stage, plan.conv_kernel_sizes)) # bytes: a network has at least one such convolution in every stage
+    # bytes: a network has at least one such convolution in every stage
+    least = 4 * sum(n * n * math.prod(k) for n, k in zip(plan.features_per_stage, plan.conv_kernel_sizes))
     if least > size or max(blocks, len(plan.conv_kernel_sizes)) > len(listed) or max(n_inputs, n_outputs) > size:
-        raise ExchangeError('the weights are too few for the network of the plan', file=file, found=f'{size} bytes in {len(listed)} tensors', expected=f'at least {least} bytes')
+        raise ExchangeError('the weights are too few for the network of the plan', file=file, found=f'{size} bytes in {len(listed)} tensors',
+                            expected=f'at least {least} bytes')
     try: return {k: (tuple(v.shape), v.dtype) for k, v in build(plan, n_inputs, n_outputs, **options).state_dict().items()}
     except Exception as error: raise ExchangeError('the plan describes no network', file=file, found=str(error)[:300]) from None
 
@@ -362,16 +389,20 @@ def _check_weights(weights, expected, name, file):
     "Refuse weights of other names, shapes or kinds than the network's, and numbers that are none"
     found = {k: (tuple(v.shape), v.dtype) for k, v in weights.items()}
     if expected is not None and (odd := sorted(k for k in found.keys() | expected.keys() if found.get(k) != expected.get(k))):
-        raise ExchangeError(f'{name} does not fit the network of the plan', file=file, found=f'{odd[0]}: {found.get(odd[0])}'[:200], expected=str(expected.get(odd[0], 'no such tensor')))
-    if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]: raise ExchangeError(f'{name} holds NaN or infinity', file=file, found=bad[0])
+        raise ExchangeError(f'{name} does not fit the network of the plan', file=file, found=f'{odd[0]}: {found.get(odd[0])}'[:200],
+                            expected=str(expected.get(odd[0], 'no such tensor')))
+    if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]:
+        raise ExchangeError(f'{name} holds NaN or infinity', file=file, found=bad[0])
 
 def _state(archive, name, fold, prefix, plans, labels):
     "The checkpoint that a fold becomes, after every check"
     file, at = archive.file, f'{prefix}fold_{fold}/'
     meta, raw = archive.json(f'{at}checkpoint.json'), archive.read(f'{at}weights.safetensors')
     if (meta.get('configuration'), str(meta.get('fold')), meta.get('plans_identity')) != (name, fold, plans.identity(name)):
-        raise ExchangeError(f'{at}checkpoint.json is about another model', file=file, found=str([meta.get(k) for k in ('configuration', 'fold', 'plans_identity')])[:200])
-    if type(meta.get('epoch')) is not int or not isinstance(meta.get('settings'), dict): raise ExchangeError(f'{at}checkpoint.json is not complete', file=file, expected='epoch and settings')
+        raise ExchangeError(f'{at}checkpoint.json is about another model', file=file,
+                            found=str([meta.get(k) for k in ('configuration', 'fold', 'plans_identity')])[:200])
+    if type(meta.get('epoch')) is not int or not isinstance(meta.get('settings'), dict):
+        raise ExchangeError(f'{at}checkpoint.json is not complete', file=file, expected='epoch and settings')
     axes = meta.get('mirror_axes')
     if axes is not None and not (isinstance(axes, list) and all(type(a) is int and 0 <= a < plans.configuration(name).dimensions for a in axes)):
         raise ExchangeError(f'{at}checkpoint.json is damaged', file=file, found=f'mirror_axes {str(axes)[:100]}')
@@ -387,7 +418,8 @@ def _verify(archive):
     for name, one in archive.manifest['configurations'].items():
         about = _check_configuration(archive, name)
         for fold in one['folds']: _state(archive, name, fold, *about)
-        if one.get('needs') != about[1].configuration(name).previous_stage: raise ExchangeError('manifest.json cannot be trusted', file=archive.file, found=f"{name} needs {str(one.get('needs'))[:100]}")
+        if one.get('needs') != about[1].configuration(name).previous_stage:
+            raise ExchangeError('manifest.json cannot be trusted', file=archive.file, found=f"{name} needs {str(one.get('needs'))[:100]}")
     for name in archive.entries:
         if name.endswith('.json'): archive.json(name)
 
@@ -426,10 +458,12 @@ def import_model(
     out = Path(out)
     if out.exists() or out.is_symlink():
         if not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True (--overwrite)')
-        if out.is_symlink() or not any([*out.glob('plans.json'), *out.glob('*/plans.json')]): raise ExchangeError('what is there is no model, it is not replaced', file=out, fix='give the folder of the model')
+        if out.is_symlink() or not any([*out.glob('plans.json'), *out.glob('*/plans.json')]):
+            raise ExchangeError('what is there is no model, it is not replaced', file=out, fix='give the folder of the model')
     with _Archive(file) as archive:
         found = hashlib.sha256(archive.manifest_bytes).hexdigest()
-        if digest is not None and digest.strip().lower() != found: raise ExchangeError('this is another model than the one you were told of', file=file, found=found, expected=digest)
+        if digest is not None and digest.strip().lower() != found:
+            raise ExchangeError('this is another model than the one you were told of', file=file, found=found, expected=digest)
         _verify(archive)
         check_writable(out.parent, 2 * sum(one['size'] for one in archive.manifest['members'].values()))
         part = out.with_name(f'.{uuid4().hex[:12]}.{out.name}')
@@ -819,6 +853,7 @@ def _v1_statistics(p):
 def _v1_plans(p, name, configurations, labels, source):
     "A plan of v1 as `Plans`"
     n, forward, back = int(p['num_modalities']), *([int(a) for a in p.get(key) or (0, 1, 2)] for key in ('transpose_forward', 'transpose_backward'))
+    if not 0 < n <= len(p['normalization_schemes']): raise ValueError(f"{n} channels, and {len(p['normalization_schemes'])} that are normalised")
     full = p['plans_per_stage'][max(p['plans_per_stage'])]
     target, about = np.array([float(s) for s in full.get('original_spacing', full['current_spacing'])])[back], p['dataset_properties']
     trace = {'official': source, 'segmentation_export_params': p.get('segmentation_export_params')}
@@ -836,6 +871,7 @@ def _v1_labels(p, trainer, dataset, regions):
     "The part of dataset.json about labels: from the user, of a known trainer, or numbers for names"
     if dataset is not None: return {k: v for k, v in (dataset if isinstance(dataset, dict) else read_json(dataset)).items() if k in ('labels', 'regions_class_order', 'name', 'licence', 'license', 'description', 'reference')}
     if regions is not None: return {'labels': {'background': 0, **{k: list(v) for k, v in regions.items()}}, 'regions_class_order': [min(v) for v in regions.values()]}
+    if not 0 < int(p['num_classes']) <= 32767: raise ValueError(f"{p['num_classes']} classes")
     if 'BraTSRegions' in trainer and '_BN' not in trainer: return _V1_REGIONS
     return {'labels': {'0': 'background', **{str(i + 1): f'label {i + 1}' for i in range(int(p['num_classes']))}}}
 
@@ -861,6 +897,7 @@ def _v1_model(folder, source, folds, dataset, regions, whole):
     _usual_preparation(p.get('preprocessor_name'), source, 'GenericPreprocessor', 'PreprocessorFor2D')
     if not _V1_KNOWN.fullmatch(said['trainer']): warnings.warn(f"{said['trainer'][:100]} is not among the trainers that are known: its network is taken for the usual one", ExchangeWarning, stacklevel=5)
     c = plans.configuration(name)
+    _plausible(c, found, source)
     norm = (c.network_options or {}).get('norm', 'instance')
     tensors = v1_residual_key_map(c, norm=norm) if residual else v1_key_map(len(c.pool_op_kernel_sizes), norm=norm)
     dataset = {'name': said['dataset'], **about, 'modality': {str(i): m for i, m in enumerate(plans.channels)}, 'numTraining': plans.trace.get('n_cases', 0)}
@@ -869,6 +906,12 @@ def _v1_model(folder, source, folds, dataset, regions, whole):
 
 def _usual_preparation(name, source, *known):
     if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source, found=str(name)[:100], expected=' or '.join(known))
+
+def _plausible(c, files, source):
+    "Refuse a plan whose network is larger than its checkpoint, before anything is built"
+    size = max(f.stat().st_size for kinds in files.values() for f in kinds.values())
+    blocks, least = sum(c.blocks_per_stage_encoder or ()) + sum(c.blocks_per_stage_decoder or ()), 4 * sum(n * n * math.prod(k) for n, k in zip(c.features_per_stage, c.conv_kernel_sizes))
+    if max(least, 100 * blocks) > size: raise ExchangeError('the weights are too few for the network of the plan', file=source, found=f'{size} bytes', expected=f'at least {max(least, 100 * blocks)}')
 
 def _dataset_name(folder):
     "TaskXXX_Name or DatasetXXX_Name, if a folder above is called so"
@@ -994,6 +1037,7 @@ def _v2_model(folder, source, folds):
     if not _V2_KNOWN.fullmatch(trainer): warnings.warn(f'{trainer[:100]} is not among the trainers that are known: its network is taken for that of the plan', ExchangeWarning, stacklevel=4)
     if reader == 'NibabelIOWithReorient': warnings.warn('nnU-Net turned the images of this model to right, anterior, superior before it looked at them; turn yours the same way', ExchangeWarning, stacklevel=4)
     _usual_preparation(_v2_configuration(p, name).get('preprocessor_name'), source, 'DefaultPreprocessor')
+    _plausible(c, found, source)
     return _Official(plans, name, {'name': said['dataset'], **dataset}, found, v2_key_map(c), None, said)
 
 # %% ../nbs/84_exchange.ipynb #d321fb9d
