@@ -75,6 +75,8 @@ class Source:
     plans:object = None           # `Plans`, where they are known
     digest:str = ''               # Names the weights
 
+_MASK = 'mask of '
+
 def input_names(
     plans,         # `Plans`
     configuration, # Name in it
@@ -82,7 +84,7 @@ def input_names(
 )->list:           # One name a channel
     "Say what each input channel of a network means; the second stage of a cascade also reads a mask for each label of the first"
     named = labels.names if labels else {}
-    masks = [f'mask of {named.get(k, k)}' for k in sorted(plans.labels)] if plans.configuration(configuration).previous_stage else []
+    masks = [f'{_MASK}{named.get(k, k)}' for k in sorted(plans.labels)] if plans.configuration(configuration).previous_stage else []
     return [*plans.channels, *masks]
 
 def output_names(
@@ -95,7 +97,9 @@ def output_names(
 def _digest(weights):
     "A short name of weights"
     sha = hashlib.sha256()
-    for name, v in sorted(weights.items()): sha.update(f'{name} {v.dtype} {tuple(v.shape)}'.encode() + v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, v in sorted(weights.items()):
+        sha.update(f'{name} {v.dtype} {tuple(v.shape)}'.encode())
+        sha.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
 def _tensors(file):
@@ -106,7 +110,8 @@ def _tensors(file):
             return load_file(file)
         found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:
-        raise TransferError('the weights cannot be read safely', file=file, found=(str(error).splitlines() or [''])[0][:200], expected='a state_dict in a .pt or .safetensors file') from None
+        raise TransferError('the weights cannot be read safely', file=file, found=(str(error).splitlines() or [''])[0][:200],
+                            expected='a state_dict in a .pt or .safetensors file') from None
     for key in ('network', 'network_weights', 'state_dict', 'model_state_dict', 'model'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     return found
@@ -117,7 +122,8 @@ def _plain_names(weights, where):
         raise TransferError('there are no weights', file=where, found=type(weights).__name__, expected='{name: tensor}')
     for front in ('module.', '_orig_mod.', 'module.'):
         if all(k.startswith(front) for k in weights): weights = {k[len(front):]: v for k, v in weights.items()}
-    if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]: raise TransferError('the weights hold NaN or infinity', file=where, found=bad[0])
+    if bad := [k for k, v in weights.items() if v.is_floating_point() and not torch.isfinite(v).all()]:
+        raise TransferError('the weights hold NaN or infinity', file=where, found=bad[0])
     return weights
 
 # %% ../nbs/83_transfer.ipynb #cde0b2c2
@@ -132,7 +138,8 @@ def read_source(
         weights = _plain_names(source, None)
         return Source(weights, digest=_digest(weights))
     file = Path(source)
-    if not file.exists(): raise TransferError('there is no such model', file=file, expected='a model folder, a checkpoint, or weights in a .pt or .safetensors file')
+    if not file.exists():
+        raise TransferError('there is no such model', file=file, expected='a model folder, a checkpoint, or weights in a .pt or .safetensors file')
     if file.is_dir(): file = _fold_file(file, fold, checkpoint)
     if not file.name.startswith('checkpoint_'):
         weights = _plain_names(_tensors(file), file)
@@ -145,14 +152,16 @@ def read_source(
 
 def _fold_file(folder, fold, checkpoint):
     "The checkpoint of a folder"
-    found = {f.parent.name[5:]: f for f in sorted(folder.glob(f'fold_*/checkpoint_{checkpoint}.pt'))} or {None: f for f in folder.glob(f'checkpoint_{checkpoint}.pt')}
+    found = {f.parent.name[5:]: f for f in sorted(folder.glob(f'fold_*/checkpoint_{checkpoint}.pt'))}
+    if not found: found = {None: f for f in folder.glob(f'checkpoint_{checkpoint}.pt')}
     wanted = next(iter(found), None) if fold is None else str(fold)
     if wanted in found: return found[wanted]
-    raise TransferError(f'there is no checkpoint_{checkpoint}.pt' + f' of fold {fold}' * (fold is not None), file=folder, found=f"folds {', '.join(map(str, found)) or 'none'}",
+    raise TransferError(f'there is no checkpoint_{checkpoint}.pt' + f' of fold {fold}' * (fold is not None), file=folder,
+                        found=f"folds {', '.join(map(str, found)) or 'none'}",
                         expected='a trained model, models/TaskXXX/3d_fullres', fix='train it, or choose another fold or checkpoint')
 
 # %% ../nbs/83_transfer.ipynb #f3378774
-@dataclass
+@dataclass(repr=False)
 class Transfer:
     "What was taken over from a source, adapted, or left, weight by weight"
     source:str                                  # Where the weights came from
@@ -173,21 +182,34 @@ class Transfer:
         out = []
         for r in self.rows:
             part, shape = '.'.join(r['name'].split('.')[:2]), ' × '.join(map(str, r['shape']))
-            if r['fate'] == 'adapted' or not out or (out[-1][0], *out[-1][3:]) != (part, r['fate'], r['how']): out.append([part, [r['name']], shape, r['fate'], r['how']])
+            if r['fate'] == 'adapted' or not out or (out[-1][0], *out[-1][3:]) != (part, r['fate'], r['how']):
+                out.append([part, [r['name']], shape, r['fate'], r['how']])
             else: out[-1][1].append(r['name'])
         return [(n[0], shape, fate, how) if len(n) == 1 else (f'{part}.* ({len(n)} weights)', '', fate, how) for part, n, shape, fate, how in out]
 
     def _summary(self):
         total = sum(map(self.count, ('taken', 'adapted', 'left'))) or 1
-        return ', '.join(f'{self.count(f) / total:.1%} {f}' for f in ('taken', 'adapted', 'left')) + f' of {total} numbers' + f'; {len(self.unused)} weights of the source went nowhere' * bool(self.unused)
+        shares = ', '.join(f'{self.count(f) / total:.1%} {f}' for f in ('taken', 'adapted', 'left'))
+        return f'{shares} of {total} numbers' + f'; {len(self.unused)} weights of the source went nowhere' * bool(self.unused)
 
-    def _head(self): return [f'from {self.source} ({self.digest})'] + [f'{what}: ' + ', '.join(f'{a} <- {b}' for a, b in pairs) for what, pairs in (('channels', self.channels), ('outputs', self.outputs)) if pairs]
+    def _head(self):
+        ends = (('channels', self.channels), ('outputs', self.outputs))
+        return [f'from {self.source} ({self.digest})', *(f'{what}: ' + ', '.join(f'{a} <- {b}' for a, b in pairs) for what, pairs in ends if pairs)]
 
-    def __str__(self): return '\n'.join([*self._head(), *(f'  {name:36}{shape:24}{fate:9}{how}'.rstrip() for name, shape, fate, how in self.lines()), self._summary()])
+    def __str__(self):
+        body = (f'  {name:36}{shape:24}{fate:9}{how}'.rstrip() for name, shape, fate, how in self.lines())
+        return '\n'.join([*self._head(), *body, self._summary()])
 
-    def _repr_html_(self):
-        cells = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in line) + '</tr>' for line in self.lines())
-        return f"<p>{'<br>'.join(map(html.escape, self._head()))}</p><table><tr><th>weights</th><th>shape</th><th>fate</th><th>how</th></tr>{cells}</table><p>{html.escape(self._summary())}</p>"
+    __repr__ = __str__
+
+# %% ../nbs/83_transfer.ipynb #5aa01dcf
+def _html(self):
+    "The same as a table"
+    cells = ''.join('<tr>' + ''.join(f'<td>{html.escape(str(v))}</td>' for v in line) + '</tr>' for line in self.lines())
+    head, titles = '<br>'.join(map(html.escape, self._head())), ''.join(f'<th>{t}</th>' for t in ('weights', 'shape', 'fate', 'how'))
+    return f'<p>{head}</p><table><tr>{titles}</tr>{cells}</table><p>{html.escape(self._summary())}</p>'
+
+Transfer._repr_html_ = _html
 
 # %% ../nbs/83_transfer.ipynb #80aca754
 INPUTS, OUTPUTS = ('encoder.0.0.*',), ('heads.*',) # where the U-Nets of this package read channels, and where they answer
@@ -205,13 +227,16 @@ class _Meaning:
     def concerns(self, name, a, b):
         "Whether a weight of shape `a` here and `b` there is to be laid out anew"
         if self.match is None or self.match == list(range(len(self.theirs))) or not len(a) == len(b) > self.axis: return False
-        if (a[self.axis], b[self.axis]) != (len(self.match), len(self.theirs)) or any(p != q for i, (p, q) in enumerate(zip(a, b)) if i != self.axis): return False
+        if (a[self.axis], b[self.axis]) != (len(self.match), len(self.theirs)): return False
+        if any(p != q for i, (p, q) in enumerate(zip(a, b)) if i != self.axis): return False
         return a != b or any(fnmatch.fnmatch(name, p) for p in self.patterns)
 
     def told(self):
         "What became of each name"
         if self.match is None: return [(str(n), 'by its place') for n in self.ours or []]
-        return [(str(n), str(self.theirs[i]) if i is not None else self.without) for n, i in zip(self.ours, self.match)]
+        return [(str(n), str(self.theirs[i]) if i is not None else 'zero at first' if self.is_mask(n) else self.without) for n, i in zip(self.ours, self.match)]
+
+    def is_mask(self, name): return self.axis == 1 and str(name).startswith(_MASK) # of the stage before, in a cascade
 
 def _new_weight(name, ours, theirs, meanings, new):
     "(tensor or None, fate, how) of one weight"
@@ -223,6 +248,8 @@ def _new_weight(name, ours, theirs, meanings, new):
         what, found = ('outputs', 'channels')[m.axis], sum(i is not None for i in m.match)
         if not found and (m.axis == 0 or new == 'new'): return None, 'left', f'none of its {what} is known there'
         made = adapt_inputs(theirs.to(ours.dtype), ours, m.match, new) if m.axis else adapt_outputs(theirs, ours, m.match)
+        for c, (called, i) in enumerate(zip(m.ours, m.match)):
+            if i is None and m.is_mask(called): made[:, c] = 0 # so that the network begins as if the stage before had said nothing
         return made, 'adapted', f'{len(m.theirs)} {what} there, {len(m.match)} here, {found} of one name'
     if a != b: return None, 'left', f'{sizes(b)} there'
     return theirs, 'taken', ''
@@ -250,14 +277,17 @@ def load_pretrained(
     meanings = [_meaning(1, inputs, channels, source_channels or found.channels, rename, 'the average of all' if new_channels == 'average' else 'new'),
                 _meaning(0, outputs, _names(labels), _names(source_labels) or found.outputs, rename, 'new')]
     _check_rename(rename, meanings)
-    result = Transfer(found.where, found.digest, channels=meanings[0].told(), outputs=meanings[1].told(), unused=[name for name in found.weights if name not in own])
+    result = Transfer(found.where, found.digest, channels=meanings[0].told(), outputs=meanings[1].told(),
+                      unused=[name for name in found.weights if name not in own])
     made = {}
     for name, ours in own.items():
-        made[name], fate, how = (None, 'left', 'no weight of this name there') if name not in found.weights else _new_weight(name, ours, found.weights[name], meanings, new_channels)
+        made[name], fate, how = None, 'left', 'no weight of this name there'
+        if name in found.weights: made[name], fate, how = _new_weight(name, ours, found.weights[name], meanings, new_channels)
         result.rows.append({'name': name, 'shape': list(ours.shape), 'fate': fate, 'how': how})
     if not result.count('taken') + result.count('adapted'):
-        raise TransferError('no weight of the source fits this network', file=found.where, found=', '.join(list(found.weights)[:3]), expected=', '.join(list(own)[:3]),
-                            fix='impose the plans of the source on the data set (transfer_plans; segnb plan --overwrite-plans), so that both networks are alike')
+        raise TransferError('no weight of the source fits this network', file=found.where, found=', '.join(list(found.weights)[:3]),
+                            expected=', '.join(list(own)[:3]),
+                            fix='impose the plan of the source on the data set (transfer_plans; segnb plan --overwrite-plans), so that both are alike')
     for name, tensor in made.items():
         if tensor is not None: own[name].copy_(tensor)
     return result
@@ -282,7 +312,8 @@ def _check_rename(rename, meanings):
 def _by_name(plans, data, rename):
     "The plan with channels as they are called and lie here; a channel that it does not know gets its own normalisation; and what to say about it"
     match, own = match_names(data.channels, plans.channels, rename), normalization_schemes(data.channels)
-    if not any(i is not None for i in match) and len(data.channels) == len(plans.channels): match = list(range(len(match))) # nothing but the place is left to go by
+    if not any(i is not None for i in match) and len(data.channels) == len(plans.channels):
+        match = list(range(len(match))) # nothing but the place is left to go by
     masks, known, stats, notes = masks_for_norm(own, data.size_reductions), plans.intensities or {}, data.intensities or {}, []
     schemes, use_mask, intensities = [], [], {}
     for c, (name, i) in enumerate(zip(data.channels, match)):
@@ -290,8 +321,10 @@ def _by_name(plans, data, rename):
         use_mask.append(masks[c] if i is None else plans.use_mask_for_norm[i])
         if (row := stats.get(c) if i is None else known.get(i)) is not None: intensities[c] = row
         if i is None: notes.append(f'channel {c}, {name!r}, is not known there: it is normalised as {own[c]} by its own numbers')
-        elif name != plans.channels[i]: notes.append(f'channel {c} is {name!r} here and {plans.channels[i]!r} there: it is normalised like {plans.channels[i]!r}')
-    named = dataclasses.replace(plans, channels=tuple(data.channels), normalization_schemes=tuple(schemes), use_mask_for_norm=tuple(use_mask), intensities=intensities or None)
+        elif name != plans.channels[i]:
+            notes.append(f'channel {c} is {name!r} here and {plans.channels[i]!r} there: it is normalised like {plans.channels[i]!r}')
+    named = dataclasses.replace(plans, channels=tuple(data.channels), normalization_schemes=tuple(schemes), use_mask_for_norm=tuple(use_mask),
+                                intensities=intensities or None)
     return named, notes
 
 # %% ../nbs/83_transfer.ipynb #49881283
@@ -305,18 +338,26 @@ def misfits(
     all_mm = np.asarray(data.spacings)
     mm, extent = np.median(all_mm, axis=0)[forward], np.median(np.asarray(data.shapes) * all_mm, axis=0)[forward]
     for name, c in plans.configurations.items():
+        if name == '3d_lowres' or c.previous_stage: continue # coarse on purpose; a cascade's second stage is as 3d_fullres
         axes = range(3 - c.dimensions, 3)
         for a in axes:
             ratio = c.spacing[a] / mm[a]
-            if not 1 / worst <= ratio <= worst: found.append(f"{name}: axis {a} is resampled from {mm[a]:.3g} to {c.spacing[a]:.3g} mm, {'detail is lost' if ratio > 1 else 'voxels are made up'}")
+            if not 1 / worst <= ratio <= worst:
+                what = 'detail is lost' if ratio > 1 else 'voxels are made up'
+                found.append(f'{name}: axis {a} is resampled from {mm[a]:.3g} to {c.spacing[a]:.3g} mm, {what}')
         voxels = tuple(max(1, round(extent[a] / c.spacing[a])) for a in axes)
-        if any(p > 1.5 * v for p, v in zip(c.patch_size, voxels)): found.append(f'{name}: the patch of {c.patch_size} is larger than a typical case of {voxels} voxels, much of it is padding')
+        if any(p > 1.5 * v for p, v in zip(c.patch_size, voxels)):
+            found.append(f'{name}: the patch of {c.patch_size} is larger than a typical case of {voxels} voxels, much of it is padding')
     first = int(np.argmax(np.median(all_mm, axis=0)))
-    if mm.max() > 3 * mm.min() and first != forward[0]: found.append(f'slices lie across axis {first} here and across axis {forward[0]} there: the thick axis meets the kernels of a thin one')
+    if mm.max() > 3 * mm.min() and first != forward[0]:
+        found.append(f'slices lie across axis {first} here and across axis {forward[0]} there: the thick axis meets the kernels of a thin one')
     for c, known in (plans.intensities or {}).items():
         here = (data.intensities or {}).get(c)
-        if here and (here['percentile_99_5'] < known['percentile_00_5'] or here['percentile_00_5'] > known['percentile_99_5'] or abs(here['mean'] - known['mean']) > 3 * known['sd']):
-            found.append(f"channel {c} ({plans.channels[c]}): the foreground is {here['mean']:.4g} on average here and {known['mean']:.4g} ± {known['sd']:.3g} there: is it the same kind of image, in the same unit?")
+        if not here: continue
+        apart = here['percentile_99_5'] < known['percentile_00_5'] or here['percentile_00_5'] > known['percentile_99_5']
+        if apart or abs(here['mean'] - known['mean']) > 3 * known['sd']:
+            found.append(f"channel {c} ({plans.channels[c]}): the foreground is {here['mean']:.4g} on average here "
+                         f"and {known['mean']:.4g} ± {known['sd']:.3g} there: is it the same kind of image, in the same unit?")
     return found
 
 # %% ../nbs/83_transfer.ipynb #7217c2ba
@@ -372,7 +413,8 @@ def fine_tuning(
     **options,                 # For `load_pretrained`: rename, new_channels, ...
 )->dict:                       # Options of `Trainer`: initial_lr, optimizer, callbacks
     "Put together what a training needs to start from another model; raises `TransferError`"
-    asked = dict(source=str(source) if not isinstance(source, (dict, Source)) else 'weights in memory', fold=fold, checkpoint=checkpoint, freeze_encoder=freeze_encoder,
+    asked = dict(source=str(source) if not isinstance(source, (dict, Source)) else 'weights in memory', fold=fold, checkpoint=checkpoint,
+                 freeze_encoder=freeze_encoder,
                  lr_encoder=lr_encoder, lr_decoder=lr_decoder, lr_head=lr_head, initial_lr=initial_lr, optimizer=optimizer, **options)
     if isinstance(freeze_encoder, bool) or not isinstance(freeze_encoder, int) or freeze_encoder < 0:
         raise TransferError('freeze_encoder cannot be used', found=repr(freeze_encoder), expected='a number of epochs from 0')
@@ -381,5 +423,6 @@ def fine_tuning(
         if rate is not None and (isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf or rate is initial_lr and not rate):
             raise TransferError('a learning rate cannot be used', found=repr(rate), expected='a number from 0; initial_lr above 0')
     factors = [f'{part}={rate / initial_lr!r}' for part, rate in rates.items() if rate is not None]
-    callbacks = (Pretrained(source, {k: v for k, v in asked.items() if v is not None}, fold=fold, checkpoint=checkpoint, **options), *((FreezeEncoder(freeze_encoder),) if freeze_encoder else ()))
+    callbacks = (Pretrained(source, {k: v for k, v in asked.items() if v is not None}, fold=fold, checkpoint=checkpoint, **options),
+                 *((FreezeEncoder(freeze_encoder),) if freeze_encoder else ()))
     return {'initial_lr': initial_lr, 'optimizer': ' '.join([optimizer, *factors]), 'callbacks': callbacks}
