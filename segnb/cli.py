@@ -545,7 +545,7 @@ def train(
         if validation or only_validation:
             from segnb.metrics import format_table
             from segnb.validation import validate_fold
-            result = validate_fold(model, fold, data, checkpoint=checkpoint, save_probabilities=save_probabilities, overwrite=not resume,
+            result = validate_fold(model, fold, data, checkpoint=checkpoint, save_probabilities=save_probabilities, overwrite=not resume, network=options.get('network') if only_validation else None,
                                    device=world.device, mirror=mirror, progress=options.get('progress', True))
             if world.main: say(format_table(result))
         if hand_on and world.main: _hand_on(data, model, fold, checkpoint, say, device=world.device, mirror=mirror, progress=options.get('progress', True))
@@ -684,9 +684,18 @@ def _renaming(text):
     if not (equals and ours and theirs): raise argparse.ArgumentTypeError(f"'{text}' is not OURS=THEIRS")
     return ours, theirs
 
+def _json_object(text):
+    "A JSON object, for argparse"
+    import json
+    try: found = json.loads(text)
+    except ValueError: found = None
+    if not isinstance(found, dict): raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object such as '{{\"features\": 24}}'")
+    return found
+
 def _start_arguments(add):
     "Add which network is trained, and with which weights it begins"
     add('--network', metavar='PLACE', help="a function that builds the network: package.module:function, or file.py:function (default: the plan's U-Net)")
+    add('--network-options', type=_json_object, metavar='JSON', help='keywords for that function, such as \'{"features": 24}\'')
     add('--from', dest='source', metavar='MODEL', help='begin with the weights of another model: its folder, a checkpoint, or a .pt or .safetensors file')
     add('--from-fold', default=None, metavar='FOLD', help='fold of that folder (default: the first that is trained)')
     add('--from-checkpoint', default='final', choices=['final', 'best', 'latest'], help='network of that fold (default: final)')
@@ -729,7 +738,7 @@ def _speed_arguments(group):
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
-    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a)) | ({'network': a.network} if a.network else {})
+    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a)) | {k: v for k, v in (('network', a.network), ('network_options', a.network_options)) if v}
     if a.around_annotated:
         from segnb.regions import annotated_batches
         options['batches'] = annotated_batches
@@ -802,6 +811,7 @@ def _first_stage(predictor, source, model, out, ending, running, say, **options)
     folder = Path(out)/f'{predictor.configuration.previous_stage}_predictions'
     say(f'{model.name} needs the label maps of {predictor.configuration.previous_stage}: they are predicted first, into {folder}')
     parts = {k: v for k, v in running.items() if k in ('part_id', 'num_parts', 'n_workers')}
+    options.pop('network', None) # it is the second stage's
     try: predict(source, folder, model.parent/predictor.configuration.previous_stage, say=say, **parts, **options)
     except PredictionError as error:
         if not getattr(error, 'written', None): raise
@@ -833,6 +843,7 @@ def _predict_arguments(p):
     group.add_argument('-m', '--model', metavar='FOLDER', help='model folder; or name a data set with -d')
     group.add_argument('-d', '--dataset', help='data set whose model in the workspace to use')
     _arguments(group, 'workspace', 'configuration')
+    group.add_argument('--network', metavar='PLACE', help="a function that builds the network, where the model's own cannot be found or is not to be trusted: package.module:function, or file.py:function")
     group.add_argument('-f', '--folds', nargs='+', default=None, help='folds to average (default: all that are trained)')
     group.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which checkpoint (default: final)')
     group.add_argument('--previous', metavar='FOLDER', help='second stage of a cascade: label maps of the first (default: they are predicted, too)')
@@ -866,7 +877,7 @@ def _how_arguments(group):
     add('--export-order', type=int, default=None, choices=range(4), help='spline order of the way back to the original grid (default: 1, or the plan\'s)')
     add('--export-order-z', type=int, default=None, choices=range(4), help='the same along a coarse axis (default: 0, or the plan\'s)')
 
-_PREDICTOR_OPTIONS = dict(whole_image=False, batch_size=None, accumulate='auto', mode='normal', export_order=None, export_order_z=None, previous=None, maps=(), save_probabilities=False, part_id=0, num_parts=1)
+_PREDICTOR_OPTIONS = dict(whole_image=False, batch_size=None, accumulate='auto', mode='normal', export_order=None, export_order_z=None, previous=None, maps=(), save_probabilities=False, part_id=0, num_parts=1, network=None)
 
 def _run_predict(a):
     from segnb.prediction import PredictionError

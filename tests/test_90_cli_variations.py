@@ -1,5 +1,5 @@
 """The variations by the command: models from one file to the next, a training that begins with another model, downloads, the look at a cascade."""
-import json
+import json, shutil
 
 import numpy as np
 import pytest
@@ -111,3 +111,26 @@ def test_a_network_goes_to_onnx_and_answers_alike(ct, segnb, tmp_path):
     succeeded(segnb('export-onnx', ct.model, '-o', out))
     assert {'pipeline.json', 'run.py', 'fold_0.onnx'} <= set(files(out))
     refused(segnb('export-onnx', ct.model, '-o', out), 'onnx')
+
+
+NETWORK = '''
+from segnb.network import build_unet
+def build(configuration, in_channels, n_outputs, deep_supervision=True, activation='leaky_relu'):
+    return build_unet(configuration, in_channels, n_outputs, deep_supervision=deep_supervision, activation=activation)
+'''
+
+def test_a_network_of_ones_own_is_trained_found_again_and_refused_politely(ct, segnb, tmp_path):
+    work, file = tmp_path/'work', tmp_path/'mine.py'
+    shutil.copytree(ct.workspace/'preprocessed', work/'preprocessed')
+    file.write_text(NETWORK, encoding='utf-8')
+    refused(segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:nothing', *SHORT), 'nothing')
+    refused_json = segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:build', '--network-options', '[1]', *SHORT)
+    assert refused_json.returncode == 2
+    succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:build', '--network-options', '{"activation": "gelu"}', *SHORT))
+    model = work/'models'/ct.raw.name/'3d_fullres'
+    succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--epochs', 2, '--no-validation', *FEW))
+    succeeded(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out', '-m', model, *FEW, '--disable-tta'))
+    moved = file.rename(tmp_path/'elsewhere.py')
+    refused(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out2', '-m', model, *FEW), 'mine.py')
+    succeeded(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out2', '-m', model, *FEW, '--disable-tta', '--network', f'{moved}:build'))
+    for f in sorted((tmp_path/'out').glob('*.nii.gz')): assert np.array_equal(read_label_map(f)[0], read_label_map(tmp_path/'out2'/f.name)[0])
