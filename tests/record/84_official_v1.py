@@ -42,7 +42,7 @@ def raw_task(folder, name):
     modalities, labels, shape, spacing, rim = tasks.TASKS[name]
     for part in ('imagesTr', 'labelsTr', 'imagesTs'): (folder / part).mkdir(parents=True)
     rng, kept = np.random.default_rng([84, *map(ord, name)]), None
-    for i, factor in enumerate((1.0, .9, 1.1, .95, 1.05, 1.0)):
+    for i, factor in enumerate((1.0, .9, 1.1, .95, 1.05, .85)): # the unseen case is resampled, too
         data, seg = tasks.case(rng, tuple(n + int(rng.integers(-2, 3)) for n in shape), len(modalities), rim, 2)
         if len(labels) == 3: seg[(seg == 2) & (np.arange(seg.shape[0]) % 2 == 0)[:, None, None]] = 3
         data = data + (80 * (seg == 3)).astype(np.int16)
@@ -106,14 +106,14 @@ def trainer_class(name):
     return recursive_find_python_class([os.path.join(nnunet.__path__[0], 'training', 'network_training')], name, 'nnunet.training.network_training')
 
 
-def train(kind, plans_file, fold, out, done, stage, steps=STEPS):
+def train(name, kind, plans_file, fold, out, done, stage, steps=STEPS):
     from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
     from nnunet.training.data_augmentation import default_data_augmentation as defaults
     for table in (defaults.default_3D_augmentation_params, defaults.default_2D_augmentation_params): # a trainer changes them; a new process would have them fresh
         PRISTINE.setdefault(id(table), copy.deepcopy(dict(table)))
         table.clear()
         table.update(copy.deepcopy(PRISTINE[id(table)]))
-    t = trainer_class(kind)(plans_file, fold, output_folder=str(out), dataset_directory=str(done), batch_dice=True, stage=stage, unpack_data=False, deterministic=True, fp16=False)
+    t = trainer_class(kind)(plans_file, fold, output_folder=str(out), dataset_directory=str(done), batch_dice=stage == 1 or name != 'cascade', stage=stage, unpack_data=False, deterministic=True, fp16=False)
     t.initialize(True)
     t.tr_gen, t.val_gen = SingleThreadedAugmenter(t.dl_tr, t.tr_gen.transform), SingleThreadedAugmenter(t.dl_val, t.val_gen.transform)
     np.random.seed(84)
@@ -140,7 +140,7 @@ def record(name, work):
         out = Path(nnunet.paths.network_training_output_dir) / configuration / folder / f'{kind}__nnUNetPlansv2.1'
         folds = ['all'] if name == 'cascade' else [0, 1] if name == 'plain' else [0]
         for fold in folds:
-            t = train(kind, plans_file, fold, out, done, stage, STEPS * (4 if name == 'regions' else 1)) # regions take longer to rise above one half
+            t = train(name, kind, plans_file, fold, out, done, stage, STEPS * (4 if name == 'regions' else 1)) # regions take longer to rise above one half
             if name == 'plain': t.validate(save_softmax=False)
             if configuration == '3d_lowres': predict_next_stage(t, str(done / f"{t.plans['data_identifier']}_stage1"))
             found[f'{name}/{configuration}/losses_{fold}'] = np.array(t.all_tr_losses, np.float32)

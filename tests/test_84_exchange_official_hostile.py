@@ -1,0 +1,310 @@
+"Files that mean harm, in the shape of official models: each is refused by name, nothing is run, nothing is written"
+import json, os, pickle, pickletools, re, shutil, zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from segnb.exchange import ExchangeError, load_nnunet, load_nnunet_v1, load_nnunet_v2, read_pickle
+from segnb.image import SegnbError
+
+OFFICIAL = Path(__file__).parent/'recorded'/'official'
+
+
+class Calls:
+    "What a pickle makes of it: a call of `function`"
+    def __init__(self, function, *arguments): self.function, self.arguments = function, arguments
+    def __reduce__(self): return self.function, self.arguments
+
+
+def word(name): return {o.name: o.code.encode('latin1') for o in pickletools.opcodes}[name]
+
+
+CANARY = 'canary_of_the_pickle'
+
+def touch(protocol): return pickle.dumps({'plans': Calls(os.system, f'touch {CANARY}')}, protocol=protocol)
+def laughs():
+    "Thirty lists, each of the one before twice: a billion values in two hundred bytes"
+    return b']' + b''.join(b'q%c0](h%ch%ce' % (i, i, i) for i in range(30)) + b'.'
+def nested(n): return b'N' + b'\x85' * n + b'.'
+
+PICKLES = {  # name: (bytes, words of the refusal)
+    'os.system, protocol 0': (touch(0), 'posix.system|nt.system'), 'os.system, protocol 2': (touch(2), 'posix.system|nt.system'), 'os.system, protocol 4': (touch(4), 'posix.system|nt.system'),
+    'eval': (pickle.dumps(Calls(eval, f"open('{CANARY}', 'w')"), protocol=2), 'builtins.eval'), 'exec': (pickle.dumps(Calls(exec, f"open('{CANARY}', 'w')")), 'builtins.exec'),
+    'getattr': (pickle.dumps(Calls(getattr, 'x', 'upper')), 'builtins.getattr'), 'import': (pickle.dumps(Calls(__import__, 'antigravity')), 'builtins.__import__'),
+    'open': (pickle.dumps(Calls(open, CANARY, 'w'), protocol=2), 'io.open|_io.open'), 'numpy reads a file': (pickle.dumps(Calls(np.fromfile, '/etc/passwd')), 'fromfile'),
+    'numpy loads another pickle': (b'cnumpy\nload\n(S"x"\ntR.', 'numpy.load'), 'torch loads another pickle': (pickle.dumps(Calls(torch.load, 'x')), 'torch.serialization.load'),
+    'a name inside a name': (b'\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.', 'numpy.ndarray.tofile'),
+    'a numpy that is not numpy': (b'cnumpy._core.multiarray_evil\nscalar\n.', 'multiarray_evil'),
+    'a class, word INST': (b'(S"touch x"\nios\nsystem\n.', 'os.system'), 'an object, word OBJ': (b'(cos\nsystem\nS"touch x"\no.', 'os.system'),
+    'a class of an instance': (b'(icollections\nOrderedDict\n.', 'makes an object'),
+    'a registered extension': (word('EXT1') + b'\x01.', 'a word that no model needs'), 'a class with keywords': (b'\x80\x04ccollections\nOrderedDict\n)}\x92.', 'a word that no model needs'),
+    'an outside reference': (b'Psomething\n.', 'a word that no model needs'), 'a storage outside torch': (b'(S"storage"\nS"x"\nI1\nI2\nI3\ntQ.', 'a tensor that cannot be understood'),
+    'attributes of a class': (b'ccollections\nOrderedDict\n}S"x"\nI1\nsb.', 'makes an object'), 'a function as a value that is called twice': (b'cnumpy\nndarray\n)R.', 'calls what cannot be called'),
+    'a text that is called': (b'S"os.system"\n(S"x"\ntR.', 'calls what cannot be called'),
+    'objects in an array': (b'cnumpy\ndtype\n(S"O8"\nI00\nI01\ntR.', 'O8'), 'a kind of numbers without end': (b'cnumpy\ndtype\n(S"V99999999999"\nI00\nI01\ntR.', 'V99999999999'),
+    'an array larger than its bytes': (b'cnumpy._core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n(S"f8"\ntR(I1000000000000\ntS"C"\ntR.', '4 bytes for an array'),
+    'an array of negative size': (b'cnumpy._core.numeric\n_frombuffer\n(C\x00cnumpy\ndtype\n(S"f8"\ntR(I-1\ntS"C"\ntR.', '0 bytes for an array'),
+    'a codec that unpacks': (b'c_codecs\nencode\n(S"x"\nS"bz2"\ntR.', 'bz2'), 'a billion laughs': (laughs(), 'unfolds without end'), 'a list within itself': (b'](h\x00e.'.replace(b'](', b']q\x00('), 'unfolds without end'),
+    'a tower of tuples': (nested(300000), 'unfolds without end'), 'a tower of tuples as a key': (b'}' + nested(300000)[:-1] + b'Ns.', 'a tuple as a key'),
+    'a list as a key': (b'}](I1\neNs.', 'a list as a key'), 'cut off': (pickle.dumps({'a': list(range(100))})[:40], 'cannot be read'), 'empty': (b'', 'cannot be read'), 'noise': (bytes(range(255, 0, -1)), 'cannot be read'),
+    'a text of four gigabytes': (b'\x80\x02X\xff\xff\xff\xfft.', 'cannot be read'), 'bytes of an impossible length': (b'\x80\x04\x8e' + b'\xff'*7 + b'\x7f' + b'.', 'cannot be read'),
+    'an empty stack': (b'0R.', 'cannot be read'), 'a memory that is not there': (b'h\x07.', 'cannot be read'), 'more than one value': (b'NN.', 'cannot be read'), 'never a mark': (b'Nt.', 'cannot be read')}
+
+
+@pytest.fixture
+def guarded(tmp_path, monkeypatch):
+    "A folder to be in; nothing may be called or appear there"
+    monkeypatch.chdir(tmp_path)
+    import segnb.exchange as exchange
+    monkeypatch.setitem(exchange._ROOM, 'values', 50_000)
+    called = []
+    for module, name in ((os, 'system'), (os, 'popen'), (pickle, 'loads'), (pickle, 'load'), (torch, 'load')): monkeypatch.setattr(module, name, lambda *a, **k: called.append(a))
+    yield tmp_path
+    assert not called and not (tmp_path/CANARY).exists()
+
+
+@pytest.mark.parametrize('name', PICKLES)
+def test_hostile_pickles(guarded, name):
+    raw, words = PICKLES[name]
+    (guarded/'plans.pkl').write_bytes(raw)
+    with pytest.raises(ExchangeError, match=words): read_pickle(guarded/'plans.pkl')
+    assert os.listdir(guarded) == ['plans.pkl']
+
+
+def test_a_long_pickle(guarded, monkeypatch):
+    import segnb.exchange as exchange
+    monkeypatch.setitem(exchange._ROOM, 'words', 1000)
+    (guarded/'p').write_bytes(b'N0'*2000 + b'N.')
+    with pytest.raises(ExchangeError, match='more than 1000 words'): read_pickle(guarded/'p')
+    monkeypatch.setitem(exchange.MOST, 'json', 100)
+    with pytest.raises(ExchangeError, match='too long'): read_pickle(guarded/'p')
+
+
+# ---- whole models
+@pytest.fixture(scope='module')
+def honest(tmp_path_factory):
+    "{name: unpacked folder} that every test copies"
+    out = {}
+    for name in ('v1_2d', 'v2_2d'):
+        folder = tmp_path_factory.mktemp(name)
+        with zipfile.ZipFile(OFFICIAL/f'{name}.zip') as archive: archive.extractall(folder)
+        out[name] = next(folder.rglob('plans.*')).parent
+    return out
+
+
+@pytest.fixture
+def model(honest, tmp_path):
+    def copy(name): return Path(shutil.copytree(honest[name], tmp_path/'there'/honest[name].name))
+    return copy
+
+
+def refused(folder, words, load=load_nnunet):
+    "The model is refused, and no folder appears"
+    around = folder.parent.parent
+    before = sorted(around.rglob('*'))
+    with pytest.raises(SegnbError, match=words) as caught: load(folder, around/'out')
+    assert sorted(around.rglob('*')) == before
+    return str(caught.value)
+
+
+def rewritten(file, change, **options):
+    "Save a checkpoint of torch again, with something changed"
+    state = torch.load(file, weights_only=False)
+    key = 'state_dict' if 'state_dict' in state else 'network_weights'
+    change(state, state[key])
+    torch.save(state, file, **options)
+
+
+def twins(w):
+    "All names of the first tensor"
+    return [k for k, v in w.items() if v.data_ptr() == next(iter(w.values())).data_ptr()]
+def bad_shape(state, w): w.update(dict.fromkeys(twins(w), torch.zeros(2, 2)))
+def other_twin(state, w): w[next(iter(w))] = torch.zeros(2, 2)
+def one_nan(state, w): w[next(iter(w))].view(-1)[0] = float('nan')
+def infinite(state, w): w[next(iter(w))].view(-1)[0] = float('inf')
+def one_more(state, w): w['extra.weight'] = torch.zeros(3)
+def one_less(state, w):
+    for k in twins(w): del w[k]
+def a_list(state, w): w[next(iter(w))] = [1, 2]
+def whole_numbers(state, w): w[next(iter(w))] = w[next(iter(w))].to(torch.int64)
+def no_weights(state, w): state.pop('state_dict', None), state.pop('network_weights', None)
+def a_call(state, w): state['plot'] = Calls(os.system, f'touch {CANARY}')
+def a_module(state, w): state['network'] = torch.nn.Linear(2, 2)
+def spread(state, w): w[next(iter(w))] = torch.zeros(1).expand(1 << 33)
+
+CHANGES = {bad_shape: 'does not fit the network', other_twin: 'does not fit the network|two names for one tensor', one_nan: 'NaN or infinity', infinite: 'NaN or infinity', one_more: 'a tensor that the network of the plan does not have', one_less: 'does not fit the network',
+           a_list: 'a tensor that the network', whole_numbers: 'does not fit the network', no_weights: 'holds no weights|no plan of nnU-Net', a_call: 'posix.system|nt.system', a_module: 'torch.nn.modules.linear.Linear',
+           spread: 'more numbers than there are'}
+
+
+@pytest.mark.parametrize('version', ['v1_2d', 'v2_2d'])
+@pytest.mark.parametrize('change', CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize('new', [True, False], ids=['archive', 'old'])
+def test_hostile_checkpoints(model, version, change, new, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = model(version)
+    rewritten(next(folder.glob('fold_0/*.model' if version == 'v1_2d' else 'fold_0/*.pth')), change, _use_new_zipfile_serialization=new)
+    refused(folder, CHANGES[change])
+    assert not Path(CANARY).exists()
+
+
+def rezipped(file, change):
+    "Write the archive of a checkpoint again; `change(name, bytes)` gives the members in its place"
+    with zipfile.ZipFile(file) as archive: members = [(n, archive.read(n)) for n in archive.namelist()]
+    with zipfile.ZipFile(file, 'w') as archive:
+        for member in [m for one in members for m in change(*one)]: archive.writestr(*member)
+
+
+def last(n): return n.endswith('/data/0')
+ARCHIVES = {
+    'packed numbers': (lambda n, b: [(n, b, zipfile.ZIP_DEFLATED)], 'does not pack its numbers'), 'numbers cut short': (lambda n, b: [(n, b[:-4] if last(n) else b)], 'of another length'),
+    'numbers missing': (lambda n, b: [] if last(n) else [(n, b)], 'missing or damaged'), 'two pickles': (lambda n, b: [(n, b), ('x/data.pkl', b)] if n.endswith('data.pkl') else [(n, b)], '2 members data.pkl'),
+    'no pickle': (lambda n, b: [] if n.endswith('data.pkl') else [(n, b)], '0 members data.pkl'), 'big endian': (lambda n, b: [(n, b'big' if n.endswith('byteorder') else b)], 'another kind of machine'),
+    'a pickle of its own': (lambda n, b: [(n, touch(2) if n.endswith('data.pkl') else b)], 'posix.system|nt.system')}
+
+
+@pytest.mark.parametrize('name', ARCHIVES)
+def test_hostile_archives_of_torch(model, name):
+    folder, (change, words) = model('v1_2d'), ARCHIVES[name]
+    rezipped(folder/'fold_0'/'model_final_checkpoint.model', change)
+    refused(folder, words)
+
+
+@pytest.mark.filterwarnings('ignore:Duplicate name')
+def test_two_members_of_one_name(model):
+    folder = model('v1_2d')
+    rezipped(folder/'fold_0'/'model_final_checkpoint.model', lambda n, b: [(n, b), (n, b)] if last(n) else [(n, b)])
+    refused(folder, 'two members of one name')
+
+
+@pytest.mark.parametrize('cut', [.1, .5, .9, .999])
+@pytest.mark.parametrize('new', [True, False], ids=['archive', 'old'])
+def test_checkpoints_that_are_cut_off(model, cut, new):
+    folder = model('v1_2d')
+    file = folder/'fold_0'/'model_final_checkpoint.model'
+    rewritten(file, lambda *_: None, _use_new_zipfile_serialization=new)
+    raw = file.read_bytes()
+    file.write_bytes(raw[:int(len(raw)*cut)])
+    refused(folder, 'damaged|cut off|cannot be read')
+
+
+def test_old_checkpoints_that_lie(model):
+    folder = model('v1_2d')
+    file = folder/'fold_0'/'model_final_checkpoint.model'
+    rewritten(file, lambda *_: None, _use_new_zipfile_serialization=False)
+    raw = file.read_bytes()
+    magic, rest = raw[:raw.index(b'.') + 1], raw[raw.index(b'.') + 1:]
+    for changed, words in ((touch(2) + rest, 'posix.system|nt.system'), (pickle.dumps(7, 2) + rest, 'no checkpoint of torch'), (magic + pickle.dumps(1002, 2) + rest[rest.index(b'.') + 1:], 'no checkpoint of torch'),
+                           (re.sub(rb'(little_endianq.)\x88', lambda m: m[1] + b'\x89', raw, flags=re.S), 'another kind of machine'), (b'\x00'*1000, 'no checkpoint'), (b'', 'no checkpoint|cannot')):
+        file.write_bytes(changed)
+        refused(folder, words)
+
+
+def test_a_flipped_bit(model):
+    folder = model('v1_2d')
+    file = folder/'fold_0'/'model_final_checkpoint.model'
+    raw = bytearray(file.read_bytes())
+    with zipfile.ZipFile(file) as archive: place = archive.getinfo(next(n for n in archive.namelist() if last(n))).header_offset + 200
+    raw[place] ^= 1
+    file.write_bytes(raw)
+    refused(folder, 'damaged')
+
+
+# ---- plans
+def plans_v1(change):
+    def write(folder):
+        for file in folder.glob('*/*.model.pkl'):
+            info = pickle.loads(file.read_bytes())
+            change(info)
+            file.write_bytes(pickle.dumps(info))
+    return write
+def plans_v2(change):
+    def write(folder):
+        plans = json.loads((folder/'plans.json').read_text())
+        change(plans, next(iter(plans['configurations'].values())))
+        (folder/'plans.json').write_text(json.dumps(plans))
+    return write
+def text_of_plans(text): return lambda folder: (folder/'plans.json').write_text(text)
+
+PLANS = {
+    'v1: a million features': ('v1_2d', plans_v1(lambda i: i['plans'].update(base_num_features=1_000_000)), 'too few for the network|does not fit'), 'v1: no plans': ('v1_2d', plans_v1(lambda i: i.pop('plans')), 'no plan of nnU-Net v1'),
+    'v1: a patch of text': ('v1_2d', plans_v1(lambda i: i['plans']['plans_per_stage'][0].update(patch_size='big')), 'no plan of nnU-Net v1'), 'v1: no stage': ('v1_2d', plans_v1(lambda i: i.update(init=i['init'][:5] + (9,) + i['init'][6:])), 'stage 9'),
+    'v1: a billion channels': ('v1_2d', plans_v1(lambda i: i['plans'].update(num_modalities=10**9, modalities={})), 'no plan of nnU-Net v1|channels'), 'v1: a spacing of NaN': ('v1_2d', plans_v1(lambda i: i['plans']['plans_per_stage'][0].update(current_spacing=[float('nan')]*3)), 'spacing'),
+    'v1: a thousand million labels': ('v1_2d', plans_v1(lambda i: i['plans'].update(num_classes=10**9)), 'labels|classes'),
+    'v1: another call in the plan': ('v1_2d', lambda folder: next(folder.glob('*/*.model.pkl')).write_bytes(touch(4)), 'posix.system|nt.system'),
+    'v1: a rule that is no list': ('v1_2d', lambda folder: (folder/'postprocessing.json').write_text('{"for_which_classes": 1, "min_valid_object_sizes": "__import__(\'os\').system(\'x\')"}'), 'post-processing'),
+    'v1: a rule of brackets': ('v1_2d', lambda folder: (folder/'postprocessing.json').write_text(json.dumps({'for_which_classes': [], 'min_valid_object_sizes': '('*100000})), 'post-processing'),
+    'v2: a million features': ('v2_2d', plans_v2(lambda p, c: c['architecture']['arch_kwargs'].update(features_per_stage=[10**6, 2*10**6, 4*10**6])), 'too few for the network|does not fit'),
+    'v2: a thousand million stages': ('v2_2d', plans_v2(lambda p, c: c['architecture']['arch_kwargs'].update(n_conv_per_stage=10**9)), 'too few for the network|does not fit|at least'),
+    'v2: deep JSON': ('v2_2d', text_of_plans('['*100000), 'brackets within'), 'v2: a key twice': ('v2_2d', text_of_plans('{"a": 1, "a": 2}'), 'twice'), 'v2: no JSON': ('v2_2d', text_of_plans('nothing'), 'cannot be trusted'),
+    'v2: a list': ('v2_2d', text_of_plans('[]'), 'a list at the top'), 'v2: empty': ('v2_2d', text_of_plans('{}'), 'no plan of nnU-Net v2'), 'v2: a number of a thousand digits': ('v2_2d', text_of_plans('{"a": ' + '9'*10000 + '}'), 'cannot be trusted'),
+    'v2: no data set': ('v2_2d', lambda folder: (folder/'dataset.json').unlink(), 'dataset.json is missing'), 'v2: labels that are none': ('v2_2d', lambda folder: (folder/'dataset.json').write_text('{"labels": 3, "channel_names": {}}'), 'labels'),
+    'v2: the stage before itself': ('v2_2d', plans_v2(lambda p, c: c.update(previous_stage='2d')), 'no plan of nnU-Net v2|previous'),
+    'v2: a median of infinity': ('v2_2d', plans_v2(lambda p, c: c.update(median_image_size_in_voxels=[1e400, 1])), 'no plan of nnU-Net v2')}
+
+
+@pytest.mark.parametrize('name', PLANS)
+def test_hostile_plans(model, name):
+    version, write, words = PLANS[name]
+    folder = model(version)
+    write(folder)
+    refused(folder, words)
+
+
+# ---- archives of whole folders
+def entry(name, mode=0o100644):
+    e = zipfile.ZipInfo(name, (2020, 1, 1, 0, 0, 0))
+    e.external_attr, e.compress_type = mode << 16, zipfile.ZIP_DEFLATED
+    return e
+
+def zipped(folder, file, more):
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for f in sorted(folder.rglob('*')):
+            if f.is_file(): archive.write(f, f'model/{f.relative_to(folder)}')
+        for name, content in more: archive.writestr(name, content)
+
+MORE = {
+    'above the folder': (entry('../plans.pkl'), b'x', 'leads elsewhere'), 'deep above the folder': (entry('model/a/../../../evil.model'), b'x', 'leads elsewhere'), 'from the root': (entry('/tmp/evil.pkl'), b'x', 'leads elsewhere'),
+    'with backslashes': (entry('..\\evil.pkl'), b'x', 'leads elsewhere'), 'on a drive': (entry('C:evil.pkl'), b'x', 'leads elsewhere'), 'a link': (entry('model/fold_1', 0o120777), b'/etc', 'a link'),
+    'a device': (entry('model/fold_2', 0o020666), b'', 'a link'), 'twice, in capitals': (entry('MODEL/PLANS.PKL'), b'x', 'two members'), 'zeros without end': (entry('model/fold_7/model_best.model'), bytes(30 << 20), 'packed into'),
+    'a long plan': (entry('model/fold_7/plans.pkl'), bytes(70 << 20), 'packed into'), 'a dot': (entry('model/./x'), b'x', 'leads elsewhere'), 'a line break': (entry('model/x\ny'), b'x', 'leads elsewhere')}
+
+
+@pytest.mark.parametrize('name', MORE)
+def test_hostile_archives(model, tmp_path, name):
+    folder, (e, content, words) = model('v1_2d'), MORE[name]
+    zipped(folder, tmp_path/'there'/'x.zip', [(e, content)])
+    refused(tmp_path/'there'/'x.zip', words)
+
+
+@pytest.mark.parametrize('damage', [lambda b: b[:len(b)//2], lambda b: b'PK' + b[2:100], lambda b: b'', lambda b: b.replace(b'model/plans.pkl', b'model/plans.pk\x00'), lambda b: b[:2000] + bytes(200) + b[2200:]],
+                         ids=['cut', 'a beginning', 'empty', 'a name with zero', 'overwritten'])
+def test_damaged_archives(model, tmp_path, damage):
+    zipped(model('v1_2d'), tmp_path/'there'/'x.zip', [])
+    file = tmp_path/'there'/'x.zip'
+    file.write_bytes(damage(file.read_bytes()))
+    refused(file, 'no archive|damaged|leads elsewhere|no model', load_nnunet_v1)
+
+
+def test_an_encrypted_archive(model, tmp_path):
+    zipped(model('v1_2d'), tmp_path/'there'/'x.zip', [])
+    file = tmp_path/'there'/'x.zip'
+    raw = bytearray(file.read_bytes())
+    for at in range(len(raw)):
+        if raw[at:at + 4] == b'PK\x01\x02': raw[at + 8] |= 1
+    file.write_bytes(raw)
+    refused(file, 'encrypted')
+
+
+def test_the_honest_ones_pass(model, tmp_path):
+    "Else the refusals above would say nothing"
+    for i, name in enumerate(('v1_2d', 'v2_2d')):
+        folder = model(name)
+        zipped(folder, tmp_path/f'{i}.zip', [(entry('model/read me.txt'), b'hello')])
+        for source in (folder, tmp_path/f'{i}.zip'): assert (load_nnunet(source, tmp_path/f'out{i}', overwrite=True)/'fold_0'/'checkpoint_final.pt').exists()
+        for new in (True, False):
+            file = next(folder.glob('fold_0/*.model' if i == 0 else 'fold_0/*.pth'))
+            rewritten(file, lambda *_: None, _use_new_zipfile_serialization=new)
+            load_nnunet(folder, tmp_path/f'out{i}', overwrite=True)
