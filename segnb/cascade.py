@@ -325,6 +325,7 @@ def split(self:_Look, fold):
 
 @patch
 def train(self:_Look, node):
+    "How a training stands"
     folder = self.models/node.configuration/f'fold_{node.fold}'
     there = [kind for kind, name in CHECKPOINTS.items() if (folder/name).exists()]
     if not there or not (folder/'record.json').exists(): return 'missing', 'not trained'
@@ -358,6 +359,7 @@ def changed(self:_Look, node, folder, record):
 # %% ../nbs/80_cascade.ipynb #55b0d4f8
 @patch
 def maps(self:_Look, node):
+    "How the maps of a fold stand"
     split, full = self.split(node.fold), self.preprocessed/self.data
     if split is None: return 'missing', 'no splits.json: no fold is divided yet'
     there, low = (load_preprocessed(f) if f.is_dir() else {} for f in (full, self.preprocessed/node.configuration))
@@ -381,6 +383,7 @@ def other_map(self:_Look, node, source, low):
 
 @patch
 def validate(self:_Look, node):
+    "How the scores of a fold stand"
     folder = self.models/node.configuration/f'fold_{node.fold}'
     summary, weights = folder/'validation'/'summary.json', folder/CHECKPOINTS['final']
     if not summary.exists(): return 'missing', 'no summary.json'
