@@ -92,7 +92,9 @@ def test_a_cropped_image_is_answered_as_by_the_original_with_the_right_box(both)
 
 def test_a_plan_that_asks_for_the_originals_way_gets_its_answer(both):
     cascade = predictor(both)
-    cascade.second.configuration = replace(cascade.second.configuration, previous_whole=True)
+    second = cascade.second
+    second.configuration = replace(second.configuration, previous_whole=True)
+    second.plans = replace(second.plans, configurations=second.plans.configurations | {second.configuration.name: second.configuration})
     found = cascade.predict(RECORDED['image/cropped'][None].astype(np.float32), ABOUT['spacing'])
     assert (found != RECORDED['answer/cropped/high']).sum() <= 2
 
