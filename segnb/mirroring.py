@@ -40,16 +40,17 @@ def predict_mirrored(
     x:torch.Tensor, # (B, C, Z, Y, X), on the network's device
     axes:tuple,     # Spatial axes to mirror: (), (0,), ..., (0, 1, 2)
     regions:bool=False, # The outputs are regions that may overlap: a sigmoid each, instead of one softmax
+    logits:bool=False,  # Average logits, and give those
 )->torch.Tensor:    # Mean probabilities (B, K, Z, Y, X), float32, on the same device; those of classes sum to 1
     "Average the probabilities over all mirror images of the input; raises `MirroringError` for impossible axes"
     _check_mirror_axes(axes, x.ndim - 2)
     total = None
     for flips in mirror_combinations(axes):
         dims = [axis + 2 for axis in flips] # batch and channel come first
-        logits = network(x.flip(dims) if dims else x)
-        if isinstance(logits, (list, tuple)): logits = logits[0]
-        p = logits.float()
-        p = p.sigmoid() if regions else p.softmax(1)
-        if total is None: total = p # the running sum is the only result kept
+        answer = network(x.flip(dims) if dims else x)
+        if isinstance(answer, (list, tuple)): answer = answer[0]
+        p = answer.float()
+        if not logits: p = p.sigmoid() if regions else p.softmax(1)
+        if total is None: total = p.clone() if logits else p # the running sum is the only result kept
         else: total += p.flip(dims)
     return total.div_(2**len(axes)) if axes else total
