@@ -631,10 +631,10 @@ def _length_arguments(p):
     add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
     return add
 
-def _recipe_arguments(add):
-    "Add what changes the training recipe"
+def _recipe_arguments(add, alone=True):
+    "Add what changes the training recipe; `alone`: also what concerns a single training"
     add('--lr', dest='initial_lr', type=float, default=None, help='initial learning rate (default: 0.01)')
-    add('--find-lr', action='store_true', help='train nothing: try learning rates and suggest one')
+    if alone: add('--find-lr', action='store_true', help='train nothing: try learning rates and suggest one')
     add('--optimizer', default=None, choices=['sgd', 'adam', 'adamw'], help='default: sgd with Nesterov momentum')
     add('--schedule', default=None, help='learning rate over the run: poly, cosine, constant, step, plateau (default: poly)')
     add('--warmup', type=float, default=None, help='epochs in which the learning rate rises first; below 1 a fraction of the run (default: 0)')
@@ -645,16 +645,17 @@ def _recipe_arguments(add):
     add('--mirror-axes', nargs='*', type=lambda text: int(text) if text.isdecimal() else text, default=None, metavar='AXIS', help="axes that may be mirrored: 0 1 2, or names such as superior-inferior; nothing after the option: none (default: all)")
     add('--oversample', type=float, default=None, help='share of patches forced to show foreground (default: 0.33)')
     add('--sampling', default=None, choices=['position', 'probability'], help='forced by the place in the batch, or by chance (default: position)')
-    add('--around-annotated', action='store_true', help='with an ignore label: every patch shows something that was judged; given again with --continue')
-    add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs')
+    if alone: add('--around-annotated', action='store_true', help='with an ignore label: every patch shows something that was judged; given again with --continue')
+    if alone: add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs')
     add('--seed', type=int, default=None, help='seed of weights and batches (default: 0)')
     add('--deterministic', action='store_true', default=None, help='only algorithms that repeat bit for bit, also on a GPU')
 
 def _callbacks(a):
     "The callbacks that the options ask for"
     from segnb import callbacks as c
+    from segnb.cascade import NoteInputs
     wanted = ((a.examples is not None, lambda: c.ExamplePages(every=a.examples)), (a.tensorboard, c.TensorBoard), (a.freeze_encoder is not None, lambda: c.FreezeEncoder(a.freeze_encoder)))
-    return tuple(make() for asked, make in (*wanted, (True, c.TrainingWarnings)) if asked)
+    return tuple(make() for asked, make in (*wanted, (True, NoteInputs), (True, c.TrainingWarnings)) if asked)
 
 # %% ../nbs/90_cli.ipynb #f51f7d3c
 @_verb('train', 'Train one fold, then predict and score its validation cases.', 'segnb train 4 0 -w workspace --minutes 15; on several GPUs: torchrun --nproc_per_node 2 -m segnb.cli train 4 0 -w workspace')
@@ -726,14 +727,14 @@ def _validation_arguments(group):
     group.add_argument('--save-probabilities', action='store_true', help='keep the probabilities of the validation cases; segnb select makes those that it needs and does not find')
     group.add_argument('--no-next-stage', action='store_true', help='first stage of a cascade: do not hand label maps to the second stage')
 
-def _speed_arguments(group):
-    "Add who computes, where and how"
+def _speed_arguments(group, alone=True):
+    "Add who computes, where and how; `alone`: also what concerns a single training"
     _arguments(group, 'workers', 'device', 'precision')
     group.add_argument('--engine', default=None, choices=['fast', 'batchgenerators', 'device'], help='who augments: fast (CPU workers, compiled), batchgenerators (the original\'s library), device (the GPU) (default: fast, on CUDA device)')
     group.add_argument('--compile', action='store_true', default=None, help='let torch.compile fuse the network')
     group.add_argument('--channels-last', action='store_true', default=None, help='another memory layout of the feature maps')
     group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', default=None, help='less memory for more time')
-    group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
+    if alone: group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
 
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
@@ -1191,7 +1192,8 @@ def cascade(
     workspace='workspace',                  # The workspace
     configuration:str='3d_cascade_fullres', # The second stage
     folds=None,                             # Folds of the second stage; None: all
-    look:bool=False,                        # Only say what is done, missing or stale
+    dry_run:bool=False,                     # Only say what is done, missing or stale
+    verify:bool=False,                      # With `dry_run`: read every preprocessed file, not only its size
     say=print,                              # Where messages go
     **options,                              # For `segnb.cascade.build_cascade`: first_folds, first, predict, validate, progress, and options of `Trainer`
 ):                                          # `Examination`
@@ -1202,30 +1204,31 @@ def cascade(
     try: raw = Dataset(find_raw(data.name, Path(workspace)))
     except UsageError: raw = None # then what is preprocessed must do
     models, kept = Path(workspace)/'models'/data.name, {k: options[k] for k in ('first_folds', 'validate') if k in options}
-    if not look: return build_cascade(data, models, configuration, folds, dataset=raw, say=say, **options)
-    found = examine_cascade(data, models, configuration, folds, dataset=raw, **kept)
+    if not dry_run: return build_cascade(data, models, configuration, folds, dataset=raw, say=say, **options)
+    found = examine_cascade(data, models, configuration, folds, dataset=raw, verify=verify, **kept)
     say(found.explain())
     return found
 
-@_verb('cascade', 'Train both stages of a cascade: what is missing or stale is done, and said.', 'segnb cascade 7 -w workspace --look')
+@_verb('cascade', 'Train both stages of a cascade: what is missing or stale is done, and said.', 'segnb cascade 7 -w workspace --dry-run')
 def _cascade_arguments(p):
     _arguments(p, 'dataset', 'workspace')
     p.add_argument('-c', '--configuration', default='3d_cascade_fullres', help='the second stage (default: 3d_cascade_fullres)')
     p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help="folds of the second stage, or 'all' (default: every fold)")
     p.add_argument('--first-folds', nargs='+', metavar='FOLD', help='folds of the first stage (default: every fold, so that each case is predicted by a network that never saw it)')
-    p.add_argument('--look', action='store_true', help='only say what is done, missing or stale')
+    p.add_argument('-n', '--dry-run', action='store_true', help='only say what is done, missing or stale')
+    p.add_argument('--verify', action='store_true', help='with --dry-run: read every preprocessed file and compare its checksum')
     p.add_argument('--no-validation', action='store_true', help='do not score the held-back cases')
     _arguments(p, 'quiet', 'json', 'no_mirroring')
     _length_arguments(p)
-    _recipe_arguments(p.add_argument_group('recipe of both stages (the defaults are nnU-Net v1)').add_argument)
-    _speed_arguments(p.add_argument_group('speed'))
+    _recipe_arguments(p.add_argument_group('recipe of both stages (the defaults are nnU-Net v1)').add_argument, alone=False)
+    _speed_arguments(p.add_argument_group('speed'), alone=False)
     return _run_cascade
 
 def _run_cascade(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name, None)) not in (None, 'auto')} | ({} if a.workers is None else {'n_workers': a.workers})
-    options = {} if a.look else dict(progress=not a.quiet, predict={'mirror': False} if a.disable_tta else None, **given)
-    found = cascade(a.dataset, a.workspace, a.configuration, a.folds, a.look, first_folds=a.first_folds, validate=not a.no_validation, **options)
+    options = {'verify': a.verify} if a.dry_run else dict(progress=not a.quiet, predict={'mirror': False} if a.disable_tta else None, **given)
+    found = cascade(a.dataset, a.workspace, a.configuration, a.folds, a.dry_run, first_folds=a.first_folds, validate=not a.no_validation, **options)
     return found.to_dict()
 
 # %% ../nbs/90_cli.ipynb #ac8b4a72

@@ -73,7 +73,7 @@ def test_options_of_a_start_need_a_start(ct, segnb):
 
 
 def test_a_plan_without_a_cascade_says_so(ct, segnb):
-    refused(segnb('cascade', ct.raw.name, '-w', ct.workspace, '--look'), '3d_cascade_fullres')
+    refused(segnb('cascade', ct.raw.name, '-w', ct.workspace, '--dry-run'), '3d_cascade_fullres')
 
 
 def test_downloads_are_listed_and_strange_names_refused(segnb, tmp_path):
