@@ -481,7 +481,7 @@ from .network import v1_key_map, v1_residual_key_map, v2_key_map
 from .planning import CONFIGURATIONS, Configuration
 from .postprocessing import Postprocessing
 
-_ROOM = dict(words=4_000_000, weights=8 << 30, ratio=200) # steps of a pickle, bytes of a checkpoint, and how much smaller an honest archive can have become
+_ROOM = dict(words=4_000_000, values=1_000_000, weights=8 << 30, ratio=200) # steps of a pickle, values it unfolds to, bytes of a checkpoint, and how much smaller an honest archive can have become
 
 class _Name(str):
     "A name that a pickle may mention; what it stands for is decided here"
@@ -547,7 +547,7 @@ _KINDS = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16
 _MEANINGS = { # all that a model file may mention, and what we make of it
     'collections.OrderedDict': lambda pairs=(): {_key(k): v for k, v in pairs}, 'collections.defaultdict': lambda *_: {},
     'builtins.set': lambda values=(): set(map(_key, values)), 'builtins.frozenset': lambda values=(): frozenset(map(_key, values)),
-    '_codecs.encode': _bytes, 'builtins.bytearray': lambda raw=b'', codec='latin1': _bytes(raw, codec), 'numpy.dtype': _Dtype, 'numpy.ndarray': None,
+    '_codecs.encode': _bytes, **dict.fromkeys(('builtins.bytes', 'builtins.bytearray'), lambda raw=b'', codec='latin1': _bytes(raw, codec)), 'numpy.dtype': _Dtype, 'numpy.ndarray': None,
     'numpy.core.multiarray._reconstruct': lambda *_: _Array(), 'numpy.core.multiarray.scalar': lambda dtype, raw: _numbers(raw, dtype, ()).item(),
     'numpy.core.numeric._frombuffer': lambda raw, dtype, shape, order: _numbers(raw, dtype, shape, order),
     'torch._utils._rebuild_tensor_v2': _tensor, 'torch._utils._rebuild_parameter': lambda data, *_: data, 'torch.Size': tuple, 'torch.device': lambda *parts: ':'.join(map(str, parts)),
@@ -609,9 +609,9 @@ def run(self:_Machine,
 
 def _unfold(value, machine, depth=0, left=None):
     "The value with its arrays, if it is of a size that somebody can have meant: a short pickle can name one list a billion times"
-    left = [_ROOM['words']] if left is None else left
+    left = [_ROOM['values']] if left is None else left
     left[0] -= 1
-    if left[0] < 0 or depth > MOST['depth']: machine.refuse('the file unfolds without end', f"more than {_ROOM['words']} values, or {MOST['depth']} within each other")
+    if left[0] < 0 or depth > MOST['depth']: machine.refuse('the file unfolds without end', f"more than {_ROOM['values']} values, or {MOST['depth']} within each other")
     go = lambda v: _unfold(v, machine, depth + 1, left)
     if isinstance(value, dict): return {go(k): go(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)): return type(value)(map(go, value))
@@ -964,6 +964,7 @@ def _v2_layers(k, trainer):
     usual = {'norm': 'instance', 'activation': 'leaky_relu', 'bias': True, 'eps': 1e-5}
     return {key: v for key, v in asked.items() if v != usual[key]} or None
 
+# %% ../nbs/84_exchange.ipynb #4616f92e
 def _v2_fields(name, c, before, trainer):
     "The fields of one network of a plan of v2"
     network, k = _v2_architecture(c)
@@ -1101,20 +1102,25 @@ def _write_official(model, folder, kinds, source):
     write_json(model.dataset, folder/'dataset.json')
     if model.postprocessing is not None: model.postprocessing.save(folder/'postprocessing.json')
 
-def _convert(source, out, kinds, overwrite, marker, pattern, translate):
+def _convert(source, out, kinds, overwrite, models, marker, pattern, translate):
     "Find, translate, check and write; several configurations become the folder of a task"
-    source = Path(source)
-    out = source.with_name(source.name.removesuffix('.zip') + '_segnb') if out is None else Path(out)
-    if (out.exists() or out.is_symlink()) and not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True')
-    check_writable(out.parent)
-    part = out.with_name(f'.{uuid4().hex[:12]}.{out.name}')
-    with _opened(source, out.parent) as folder:
+    source, kinds = Path(source), (kinds,) if isinstance(kinds, str) else kinds
+    stem = source.name.removesuffix('.zip')
+    beside = Path(models) if models is not None and out is None else (Path(out) if out is not None else source).parent
+    if not source.exists(): raise ExchangeError('there is no such folder or archive', file=source)
+    check_writable(beside)
+    with _opened(source, beside) as folder:
         places = _models(folder, marker, pattern, source)
-        models = [translate(place) for place in places]
-        if doubled := [n for n, k in Counter(m.configuration for m in models).items() if k > 1]:
-            raise ExchangeError(f'there are several models of {doubled[0]}', file=source, found=', '.join(str(p.relative_to(folder)) for p, m in zip(places, models) if m.configuration == doubled[0])[:300], fix='give the folder of one of them')
+        found = [translate(place) for place in places]
+        if doubled := [n for n, k in Counter(m.configuration for m in found).items() if k > 1]:
+            raise ExchangeError(f'there are several models of {doubled[0]}', file=source, found=', '.join(str(p.relative_to(folder)) for p, m in zip(places, found) if m.configuration == doubled[0])[:300], fix='give the folder of one of them')
+        if out is None: out = source.with_name(f'{stem}_segnb') if models is None else beside/(re.sub(r'[^\w-]', '_', found[0].source['dataset'] or stem))/(found[0].configuration if len(found) == 1 else '')
+        out = Path(out)
+        if (out.exists() or out.is_symlink()) and not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True')
+        check_writable(out.parent)
+        part = out.with_name(f'.{uuid4().hex[:12]}.{out.name}')
         try:
-            for m in models: _write_official(m, part if len(models) == 1 else part/m.configuration, (kinds,) if isinstance(kinds, str) else kinds, source)
+            for m in found: _write_official(m, part if len(found) == 1 else part/m.configuration, kinds, source)
             _swap(part, out)
         finally: shutil.rmtree(part, ignore_errors=True)
     return out
@@ -1129,10 +1135,11 @@ def load_nnunet_v1(
     dataset=None,         # dataset.json of the task, or its content: v1 keeps no names of labels with its models
     regions=None,         # {name: numbers of the labels}, for a trainer of regions that is not known; in the order in which they are written
     repair:bool=False,    # True: lay a cascade's first map where it belongs; v1 squeezes it whole into the cropped image when it predicts
+    models=None,          # In place of `out`: the folder of all models; a place in it is named after data set and configuration
     overwrite:bool=False, # Replace what is there
 )->Path:                  # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of a model that nnU-Net v1 trained, without running any of its code; raises `ExchangeError`, and then nothing is written"
-    return _convert(folder, out, checkpoints, overwrite, 'plans.pkl', '*/*.model', lambda place: _v1_model(place, folder, folds, dataset, regions, not repair))
+    return _convert(folder, out, checkpoints, overwrite, models, 'plans.pkl', '*/*.model', lambda place: _v1_model(place, folder, folds, dataset, regions, not repair))
 
 def load_nnunet_v2(
     folder,               # Folder of nnU-Net v2 with plans.json, dataset.json and fold_*, one above several of those, or a zip archive of either
@@ -1140,10 +1147,11 @@ def load_nnunet_v2(
     *,
     folds=None,           # Fold or list of folds; None: all that are there
     checkpoints=('final', 'best'), # Which of final, best and latest to read, where they are there
+    models=None,          # In place of `out`: the folder of all models; a place in it is named after data set and configuration
     overwrite:bool=False, # Replace what is there
 )->Path:                  # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of a model that nnU-Net v2 trained, without running any of its code; raises `ExchangeError`, and then nothing is written"
-    return _convert(folder, out, checkpoints, overwrite, 'plans.json', '*/*.pth', lambda place: _v2_model(place, folder, folds))
+    return _convert(folder, out, checkpoints, overwrite, models, 'plans.json', '*/*.pth', lambda place: _v2_model(place, folder, folds))
 
 def load_nnunet(
     folder,    # As `load_nnunet_v1` and `load_nnunet_v2` take it
