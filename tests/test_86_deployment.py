@@ -1,0 +1,278 @@
+"Exported networks give the mask of the predictor: kinds of models, odd images, no torch at hand, refusals."
+import dataclasses
+import gzip
+import json
+import os
+import struct
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('onnx'), pytest.importorskip('onnxscript'), pytest.importorskip('onnxruntime')
+import torch
+
+from segnb import deployment as d
+from segnb.deployment import DeploymentError, Runner, export_onnx, pipeline_of, runner_source
+from segnb.image import Geometry, read_image, read_label_map, write_image
+from segnb.labels import Labels
+from segnb.network import build_network
+from segnb.planning import Configuration, Plans
+from segnb.postprocessing import Postprocessing, keep_largest_component
+from segnb.prediction import Predictor
+
+CLASSES = Labels({0: 'background', 1: 'liver', 2: 'tumour'}, values={0: 0, 1: 3, 2: 700})
+REGIONS = Labels({0: 'background', 1: 'edema', 2: 'core', 3: 'enhancing'}, regions={'whole': (1, 2, 3), 'core': (2, 3), 'enhancing': (3,)}, region_order=(1, 2, 3))
+STATISTICS = {'mean': 40., 'sd': 30., 'percentile_00_5': -30., 'percentile_99_5': 150., 'median': 40., 'min': -100., 'max': 300.}
+
+
+def plans_for(labels, schemes=('CT',), forward=(0, 1, 2), mask=False, **changes):
+    "A plan as small as can be"
+    flat = changes.pop('flat', False)
+    cut = slice(1, None) if flat else slice(None)
+    c = dict(name='2d' if flat else '3d_fullres', patch_size=(8, 16, 16)[cut], batch_size=2, spacing=(3., 1., 1.), median_shape=(20, 40, 40), num_pool_per_axis=(1, 2, 2)[cut],
+             pool_op_kernel_sizes=tuple(k[cut] for k in ((1, 2, 2), (2, 2, 2))), conv_kernel_sizes=tuple(k[cut] for k in ((1, 3, 3), (3, 3, 3), (3, 3, 3))),
+             do_dummy_2d_data_aug=False, base_num_features=8, max_num_features=32, batch_dice=False) | changes
+    configurations = {c['name']: Configuration(**c)}
+    if c.get('previous_stage'): configurations['3d_lowres'] = Configuration(**c | dict(name='3d_lowres', previous_stage=None))
+    back = tuple(forward.index(a) for a in range(3))
+    return Plans(dataset_name='', planner='test', memory_gb=1, channels=tuple(f'c{i}' for i in range(len(schemes))), labels=labels.foreground, original_spacing_target=(3., 1., 1.),
+                 transpose_forward=forward, transpose_backward=back, normalization_schemes=schemes, use_mask_for_norm=(mask,)*len(schemes),
+                 intensities={i: STATISTICS for i in range(len(schemes))}, configurations=configurations, trace={})
+
+
+def predictor_of(plans, labels, n=1, **options):
+    name = next(iter(plans.configurations))
+    networks = [build_network(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, deep_supervision=False, generator=torch.Generator().manual_seed(i)) for i in range(n)]
+    return Predictor(networks, plans, name, labels, device='cpu', **options)
+
+
+def an_image(channels=1, shape=(11, 37, 30), seed=0):
+    "A body in air with blobs inside"
+    from scipy import ndimage
+    rng = np.random.default_rng(seed)
+    image = np.stack([ndimage.gaussian_filter(rng.normal(size=shape), 2)*400 + 60 for _ in range(channels)]).astype(np.float32)
+    image[:, :1] = image[:, -2:] = 0
+    image[:, :, :4] = image[:, :, :, -3:] = 0
+    image[:, 4:6, 14:17, 12:16] = 0 # a hole
+    return image
+
+
+def same_but_at_ties(found, predictor, image, spacing, most=1e-3, **how):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        wanted, p = predictor.predict(image, spacing, True, **how)
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert len(np.unique(wanted)) > 1, 'nothing to compare'
+    margin = np.abs(p - .5).min(0) if predictor.labels.regions else np.diff(np.sort(p, 0)[-2:], axis=0)[0]
+    differs = found != wanted
+    assert not (differs & (margin > most)).any(), f'{differs.sum()} voxels differ, up to a margin of {margin[differs].max():.2g}'
+    assert differs.mean() < 2e-3
+    return differs
+
+
+KINDS = {
+    'plain': (CLASSES, {}, {}, 1),
+    'two folds': (CLASSES, dict(n=2), {}, 1),
+    'other axes, coarse': (CLASSES, {}, dict(forward=(2, 0, 1), spacing=(4., 1., 1.1)), 1),
+    'z-score in the mask': (CLASSES, {}, dict(schemes=('nonCT', 'nonCT'), mask=True), 2),
+    'CT in the mask, z-score not': (CLASSES, {}, dict(schemes=('CT', 'nonCT'), mask=True), 2),
+    'CT2': (CLASSES, {}, dict(schemes=('CT2',)), 1),
+    'rescaled and untouched': (CLASSES, {}, dict(schemes=('rescale01', 'noNorm')), 2),
+    'regions': (REGIONS, {}, dict(schemes=('nonCT',)*2), 2),
+    'slices': (CLASSES, {}, dict(flat=True), 1),
+    'residual': (CLASSES, {}, dict(architecture='residual', blocks_per_stage_encoder=(1, 2, 2), blocks_per_stage_decoder=(1, 1)), 1),
+    'no mirror, large step, cubic home': (CLASSES, dict(mirror=False, step_size=1., export_order=3), {}, 1),
+    'two mirror axes, slices mixed': (CLASSES, dict(mirror=(1, 2), step_size=.3, export_order_z=1), {}, 1),
+}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('spacing', [(5., .8, .9), (1., 1., 1.)])
+def test_the_same_mask(kind, spacing, tmp_path):
+    labels, options, changes, channels = KINDS[kind]
+    predictor, image = predictor_of(plans_for(labels, **changes), labels, **options), an_image(channels)
+    runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
+    found = runner.predict(image, spacing)
+    same_but_at_ties(found, predictor, image, spacing)
+    assert (runner.predict(image, spacing, batch=5) != found).mean() < 1e-3
+    if spacing[0] == 5.:
+        quick = dict(step_size=1., mirror_axes=[])
+        assert (Runner(tmp_path/'onnx', engine='numpy').predict(image, spacing, **quick) != runner.predict(image, spacing, **quick)).mean() < 1e-3
+
+
+def test_the_second_stage_of_a_cascade(tmp_path):
+    plans = plans_for(CLASSES, name='3d_cascade_fullres', previous_stage='3d_lowres')
+    predictor, image = predictor_of(plans, CLASSES), an_image()
+    previous = np.array([0, 3, 700], np.uint16)[np.random.default_rng(1).integers(0, 3, (4, 10, 8))].repeat(4, 0)[:11].repeat(4, 1)[:, :37].repeat(4, 2)[:, :, :30]
+    runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
+    same_but_at_ties(runner.predict(image, (2., .8, .9), previous), predictor, image, (2., .8, .9), previous=previous)
+    with pytest.raises(ValueError, match='3d_lowres'): runner.predict(image, (2., .8, .9))
+
+
+def test_post_processing_goes_along(tmp_path):
+    rule = Postprocessing(which=((3, 700), 3), min_sizes={(3, 700): 900., 3: 40.})
+    plans, image = plans_for(CLASSES), an_image()
+    predictor = predictor_of(plans, CLASSES, postprocess=rule)
+    assert pipeline_of(predictor)['postprocess'] == [{'labels': [3, 700], 'smaller_than_mm3': 900.}, {'labels': [3], 'smaller_than_mm3': 40.}]
+    runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
+    before = predictor_of(plans, CLASSES)
+    wanted = rule.apply(Runner(export_onnx(before, tmp_path/'plain'), threads=1).predict(image, (5., .8, .9)), (5., .8, .9))
+    assert np.array_equal(runner.predict(image, (5., .8, .9)), wanted)
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_pieces_and_holes_as_in_their_chapters(seed):
+    from scipy import ndimage
+    rng = np.random.default_rng(seed)
+    mask = ndimage.gaussian_filter(rng.normal(size=(9, 25, 31)), 1) > (.0, .1, .25, -.1)[seed]
+    assert np.array_equal(d.fill_holes(mask), ndimage.binary_fill_holes(mask))
+    labels = (mask*rng.integers(1, 4, (3, 5, 4)).repeat(3, 0).repeat(5, 1).repeat(8, 2)[:9, :25, :31]).astype(np.uint8)
+    for which, rules in (([1, 2, 3], [[1], [2], [3]]), ([(1, 2, 3)], [[1, 2, 3]]), ([(1, 3), 1], [[1, 3], [1]])):
+        ours = d.keep_largest(labels.copy(), [dict(labels=r, smaller_than_mm3=None) for r in rules], 1.)
+        assert np.array_equal(ours, keep_largest_component(labels, which))
+
+
+@pytest.mark.parametrize('order', [0, 1, 2, 3])
+@pytest.mark.parametrize('axis', [None, 0, 2])
+def test_resampling_as_in_its_chapter(order, axis):
+    from segnb.resampling import resample_image, resample_label_map
+    rng = np.random.default_rng(0)
+    image = rng.normal(0, 100, (7, 20, 15)).astype(np.float32)
+    for shape in ((7, 33, 20), (13, 11, 15), (4, 20, 29)):
+        for order_z in (0, 1, 3):
+            wanted = resample_image(image[None], shape, order, order_z, axis)[0]
+            assert np.abs(d.resample(image, shape, order, order_z, axis) - wanted).max() < 2e-3 # of values of 100
+        labels = rng.integers(0, 4, (7, 20, 15)).astype(np.uint8)
+        assert np.array_equal(d.vote(labels, shape, axis), resample_label_map(labels, shape, separate_axis=axis))
+
+
+@pytest.fixture(scope='module')
+def exported(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('exported')
+    predictor = predictor_of(plans_for(CLASSES), CLASSES, mirror=(2,))
+    return export_onnx(predictor, folder/'onnx'), predictor
+
+
+def script(folder, *words, without=('torch', 'segnb', 'scipy', 'skimage', 'SimpleITK', 'numba')):
+    "run.py in a process that cannot import these"
+    block = f'import sys, runpy; sys.modules.update(dict.fromkeys({without!r})); sys.argv = {[str(folder/"run.py"), *map(str, words)]!r}; runpy.run_path(sys.argv[0], run_name="__main__")'
+    return subprocess.run([sys.executable, '-c', block], capture_output=True, text=True, timeout=300, cwd=folder.parent, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
+def files_of(folder, dtype=np.int16):
+    image = an_image()[0].astype(dtype)
+    geometry = Geometry((5., .8, .9), (-31.5, 12.25, 700.1), (1, 0, 0, 0, .8, -.6, 0, .6, .8), image.shape)
+    write_image(image, geometry, folder/'image.nii.gz')
+    return image[None].astype(np.float32), geometry
+
+
+@pytest.mark.parametrize('engine', ['onnxruntime', 'numpy'])
+def test_the_script_needs_numpy_alone(exported, engine, tmp_path):
+    folder, predictor = exported
+    image, geometry = files_of(tmp_path)
+    blocked = ('torch', 'segnb', 'scipy', 'skimage', 'SimpleITK', 'numba', 'fastcore', 'onnx') + (('onnxruntime',) if engine == 'numpy' else ())
+    done = script(folder, tmp_path/'image.nii.gz', tmp_path/'labels.nii.gz', without=blocked)
+    assert done.returncode == 0, done.stderr
+    found, where = read_label_map(tmp_path/'labels.nii.gz')
+    assert not where.differences(geometry)
+    same_but_at_ties(found.astype(np.uint16), predictor, image, geometry.spacing)
+
+
+def test_arrays_need_a_spacing(exported, tmp_path):
+    folder, predictor = exported
+    image, geometry = files_of(tmp_path)
+    np.save(tmp_path/'image.npy', image)
+    done = script(folder, tmp_path/'image.npy', tmp_path/'labels.npy')
+    assert done.returncode == 1 and '--spacing' in done.stderr and 'Traceback' not in done.stderr
+    assert script(folder, tmp_path/'image.npy', tmp_path/'labels.npy', '--spacing', 5, .8, .9).returncode == 0
+    same_but_at_ties(np.load(tmp_path/'labels.npy'), predictor, image, geometry.spacing)
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('kind, dtype, slope', [(4, 'i2', 0.), (512, 'u2', .5), (16, 'f4', 2.), (64, 'f8', 1.), (2, 'u1', 1.)])
+def test_nifti_is_read_as_segnb_reads_it(order, kind, dtype, slope, tmp_path):
+    header, voxels = bytearray(352), np.random.default_rng(0).integers(0, 200, (3, 5, 7)).astype(order + dtype)
+    for at, form, values in ((0, 'i', [348]), (40, '8h', [3, 7, 5, 3, 1, 1, 1, 1]), (70, '2h', [kind, voxels.itemsize*8]), (76, '8f', [1, .7, .8, 2.5, 0, 0, 0, 0]), (108, '3f', [352, slope, -7 if slope else 0])):
+        struct.pack_into(order + form, header, at, *values)
+    header[123], header[344:348] = 2, b'n+1\0'
+    (tmp_path/'a.nii.gz').write_bytes(gzip.compress(bytes(header) + voxels.tobytes()))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        wanted, geometry = read_image(tmp_path/'a.nii.gz')
+    found, spacing, kept = d.read_file(tmp_path/'a.nii.gz', None)
+    assert np.array_equal(found.astype(np.float32), wanted) and np.allclose(spacing, geometry.spacing, rtol=1e-6)
+    d.write_file(np.arange(105, dtype=np.uint16).reshape(3, 5, 7), tmp_path/'b.nii.gz', kept)
+    labels, where = read_label_map(tmp_path/'b.nii.gz')
+    assert np.array_equal(labels.ravel(), np.arange(105)) and not where.differences(geometry)
+
+
+@pytest.mark.parametrize('damage, words', [(lambda b: b[:len(b)//2], 'cut short|damaged'), (lambda b: b'nonsense', 'no NIfTI'), (lambda b: b'', 'no NIfTI'),
+                                           (lambda b: gzip.compress(gzip.decompress(b)[:400]), 'cut short'), (lambda b: gzip.compress(gzip.decompress(b)[:70] + b'\x20\0' + gzip.decompress(b)[72:]), 'kind')])
+def test_damaged_files_are_one_sentence(exported, damage, words, tmp_path):
+    import re
+    files_of(tmp_path)
+    (tmp_path/'bad.nii.gz').write_bytes(damage((tmp_path/'image.nii.gz').read_bytes()))
+    with pytest.raises(ValueError) as caught: d.read_file(tmp_path/'bad.nii.gz', None)
+    assert re.search(words, str(caught.value)) and 'bad.nii.gz' in str(caught.value)
+
+
+@pytest.mark.parametrize('image, spacing, words', [(np.ones((2, 4, 4, 4)), (1, 1, 1), 'channels c0'), (np.ones((4, 4, 4)), (1, 1, 1), 'expected'), (np.full((1, 4, 4, 4), np.nan), (1, 1, 1), 'NaN'),
+                                                   (np.zeros((1, 4, 4, 4)), (1, 1, 1), 'empty'), (np.ones((1, 4, 4, 4)), (1, 0, 1), 'positive'), (np.ones((1, 4, 4, 4)), (1, 1), 'three')])
+def test_images_that_cannot_be(exported, image, spacing, words):
+    with pytest.raises(ValueError, match=words): Runner(exported[0], threads=1).predict(image, spacing)
+
+
+def test_a_changed_network_is_noticed(exported, tmp_path):
+    import shutil
+    shutil.copytree(exported[0], tmp_path/'copy')
+    file = tmp_path/'copy'/'network_0.onnx'
+    data = bytearray(file.read_bytes())
+    data[len(data)//2] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match='damaged'): Runner(tmp_path/'copy')
+
+
+def test_exports_are_whole_and_never_hide_others(exported, tmp_path):
+    folder, predictor = exported
+    assert sorted(f.name for f in folder.iterdir()) == ['network_0.onnx', 'pipeline.json', 'run.py'] and len(list(folder.parent.iterdir())) == 1
+    with pytest.raises(DeploymentError, match='overwrite'): export_onnx(predictor, folder)
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'mine'/'thesis.txt').write_text('years')
+    with pytest.raises(DeploymentError, match='something else'): export_onnx(predictor, tmp_path/'mine', overwrite=True)
+    assert (tmp_path/'mine'/'thesis.txt').read_text() == 'years'
+    export_onnx(predictor, folder, overwrite=True)
+    assert json.loads((folder/'pipeline.json').read_text())['networks'][0]['difference_from_torch'] < 1e-4
+
+
+class Strange(torch.nn.Module):
+    "A network that no file format can hold: it asks the operating system"
+    def forward(self, x): return torch.tensor(np.fft.fftn(x.detach().numpy()).real, dtype=torch.float32)[:, :1].repeat(1, 3, 1, 1, 1)*os.getpid()
+
+
+def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
+    plans = plans_for(CLASSES)
+    for options, words in ((dict(mode='fast'), 'fast'), (dict(whole_image=True), 'whole_image'), (dict(mirror=('left-right',)), 'left-right'), (dict(postprocess=lambda labels, mm: labels), 'your own')):
+        with pytest.raises(DeploymentError, match=words): export_onnx(predictor_of(plans, CLASSES, **options), tmp_path/'x')
+    with pytest.raises(DeploymentError): export_onnx(Predictor([Strange()], plans, '3d_fullres', CLASSES, device='cpu'), tmp_path/'x')
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(DeploymentError, match='pip install onnx'): export_onnx(predictor_of(plans, CLASSES), tmp_path/'x')
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_plan_that_predicts_otherwise_is_refused(tmp_path):
+    plans = plans_for(CLASSES)
+    c = plans.configuration('3d_fullres')
+    if not hasattr(c, 'normalize_first'): pytest.skip('plans have no such field')
+    for change in (dict(normalize_first=True), dict(aggregate='logits')):
+        other = dataclasses.replace(plans, configurations={'3d_fullres': dataclasses.replace(c, **change)})
+        with pytest.raises(DeploymentError, match=next(iter(change))): export_onnx(predictor_of(other, CLASSES), tmp_path/'x')
+
+
+def test_the_script_is_made_of_the_module():
+    text = runner_source()
+    compile(text, 'run.py', 'exec')
+    assert 'segnb' not in text.split('import numpy as np', 1)[1].replace('segnb-onnx', '') and 'import torch' not in text and len(text.splitlines()) < 450
