@@ -148,6 +148,13 @@ def test_folders_archives_and_defaults(folders, tmp_path):
     assert not (tmp_path/'x').exists() and not list(tmp_path.glob('.*'))
 
 
+def test_a_place_among_the_models(tmp_path):
+    assert load_nnunet(OFFICIAL/'v2_2d.zip', models=tmp_path/'models') == tmp_path/'models'/'Dataset084_Official'/'2d'
+    assert load_nnunet(OFFICIAL/'v1_cascade.zip', models=tmp_path/'models') == tmp_path/'models'/'Task084_cascade'
+    assert sorted(p.name for p in (tmp_path/'models'/'Task084_cascade').iterdir()) == ['3d_cascade_fullres', '3d_lowres']
+    with pytest.raises(ExchangeError, match='something already'): load_nnunet(OFFICIAL/'v2_2d.zip', models=tmp_path/'models')
+
+
 def test_the_folder_all_and_two_of_a_kind(folders, tmp_path):
     low, high = folders('v1_cascade')[::-1] if 'cascade' in str(folders('v1_cascade')[0]) else folders('v1_cascade')
     made = load_nnunet_v1(low, tmp_path/'low')
