@@ -503,6 +503,7 @@ class _Array:
     value = None
     def set(self, state): self.value = _numbers(state[4], state[2], state[1], 'F' if state[3] else 'C')
 
+# %% ../nbs/84_exchange.ipynb #3848bc98
 @dataclass
 class _Storage:
     "Where the numbers of a tensor lie; they are read only if somebody asks"
@@ -904,6 +905,7 @@ def _v1_model(folder, source, folds, dataset, regions, whole):
     rule = Postprocessing.load(folder/'postprocessing.json') if (folder/'postprocessing.json').is_file() and _parse((folder/'postprocessing.json').read_bytes(), 'postprocessing.json', source) else None
     return _Official(plans, name, dataset, found, tensors, [] if 'noMirroring' in said['trainer'] else list(range(c.dimensions)), said, rule)
 
+# %% ../nbs/84_exchange.ipynb #40cae87e
 def _usual_preparation(name, source, *known):
     if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source, found=str(name)[:100], expected=' or '.join(known))
 
@@ -1065,6 +1067,7 @@ def _rows(state):
     columns = {k: [v if type(v) is float and math.isfinite(v) else None for v in column] for k, column in columns.items() if isinstance(column, list)}
     return [{'epoch': i} | {k: v[i] for k, v in columns.items() if i < len(v)} for i in range(max(map(len, columns.values()), default=0))]
 
+# %% ../nbs/84_exchange.ipynb #d7286283
 def _checkpoint(model, fold, file, source):
     "A checkpoint of segnb, after every check"
     c, labels = model.plans.configuration(model.configuration), Labels.from_dict(model.dataset)
@@ -1083,7 +1086,7 @@ def _checkpoint(model, fold, file, source):
             'plans_identity': model.plans.identity(c.name), 'plans': json.loads(json.dumps(model.plans.to_dict())), 'settings': settings, 'train_cases': [], 'val_cases': [],
             'network': weights, 'history': _rows(state), 'moving_dice': None, 'best_dice': None, 'mirror_axes': list(axes), 'elapsed': 0., 'official': model.source}
 
-# %% ../nbs/84_exchange.ipynb #d7286283
+# %% ../nbs/84_exchange.ipynb #8c82b970
 def _write_official(model, folder, kinds, source):
     "Write one configuration"
     for fold, files in model.folds.items():
@@ -1102,6 +1105,7 @@ def _write_official(model, folder, kinds, source):
     write_json(model.dataset, folder/'dataset.json')
     if model.postprocessing is not None: model.postprocessing.save(folder/'postprocessing.json')
 
+# %% ../nbs/84_exchange.ipynb #261a25f5
 def _convert(source, out, kinds, overwrite, models, marker, pattern, translate):
     "Find, translate, check and write; several configurations become the folder of a task"
     source, kinds = Path(source), (kinds,) if isinstance(kinds, str) else kinds
