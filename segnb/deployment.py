@@ -81,6 +81,8 @@ def stretch(
     return np.moveaxis(new, 0, axis)
 
 
+
+# %% ../nbs/86_deployment.ipynb #0bc073bd
 def coarse_axis(
     spacing, # mm of one grid
     other,   # mm of the other, same axes
@@ -447,7 +449,7 @@ def proto(
         found.setdefault(key >> 3, []).append(value)
     return found
 
-
+# %% ../nbs/86_deployment.ipynb #0733e2a0
 def numbers(
     values, # Of a repeated field: integers, or bytes that hold several
 ):
@@ -470,7 +472,7 @@ def tensor(
     if 13 in t or 9 not in t or t[2][0] not in (1, 7): raise ValueError('weights are stored in a way that only onnxruntime reads: pip install onnxruntime')
     return bytes(t[8][0]).decode(), np.frombuffer(t[9][0], '<f4' if t[2][0] == 1 else '<i8').reshape(numbers(t.get(1, [])))
 
-# %% ../nbs/86_deployment.ipynb #0733e2a0
+# %% ../nbs/86_deployment.ipynb #ca98522c
 def convolve(x, w, b=None, *, strides, pads): # (B, C, *in), (K, C, *kernel) -> (B, K, *out)
     "Convolve: one product of matrices for each place of the kernel"
     n = w.ndim - 2
@@ -493,7 +495,7 @@ def convolve_up(x, w, b=None, *, strides, pads): # (B, C, *in), (C, K, *kernel) 
     y = y[(..., *(slice(a, s - c) for a, c, s in zip(pads[:n], pads[n:], y.shape[2:])))]
     return y if b is None else y + b.reshape(-1, *(1,)*n)
 
-
+# %% ../nbs/86_deployment.ipynb #836d2bb7
 def instance_norm(x, scale, shift, *, epsilon):
     "Give every channel mean 0 and variance 1, then scale and shift it"
     axes, line = tuple(range(2, x.ndim)), (-1, *(1,)*(x.ndim - 2))
