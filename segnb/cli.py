@@ -574,6 +574,9 @@ def _as_before(folder, options):
     before = read_json(file)['runs'][-1]['settings']
     kept = {name: before[name] for name in TRAINER_OPTIONS if name in before and name != 'device' and before[name] is not None}
     if {'epochs', 'minutes'} & set(options): kept = {k: v for k, v in kept.items() if k not in ('epochs', 'minutes')}
+    if frozen := read_json(file).get('transfer', {}).get('asked', {}).get('freeze_encoder'):
+        from segnb.callbacks import FreezeEncoder
+        if not any(isinstance(c, FreezeEncoder) for c in options.get('callbacks', ())): options = options | {'callbacks': (FreezeEncoder(frozen), *options.get('callbacks', ()))}
     return kept | options
 
 def _fold(text, data, random_fold, n_folds):
@@ -654,7 +657,7 @@ def _callbacks(a):
     "The callbacks that the options ask for"
     from segnb import callbacks as c
     from segnb.cascade import NoteInputs
-    wanted = ((a.examples is not None, lambda: c.ExamplePages(every=a.examples)), (a.tensorboard, c.TensorBoard), (a.freeze_encoder is not None, lambda: c.FreezeEncoder(a.freeze_encoder)))
+    wanted = ((a.examples is not None, lambda: c.ExamplePages(every=a.examples)), (a.tensorboard, c.TensorBoard), (a.freeze_encoder is not None and not a.source, lambda: c.FreezeEncoder(a.freeze_encoder)))
     return tuple(make() for asked, make in (*wanted, (True, NoteInputs), (True, c.TrainingWarnings)) if asked)
 
 # %% ../nbs/90_cli.ipynb #f51f7d3c
@@ -710,10 +713,11 @@ def _started(a, options):
         if given := [name for name in ('from_fold', 'rename', 'lr_encoder', 'lr_decoder', 'lr_head') if getattr(a, name) is not None]:
             raise UsageError(f"--{given[0].replace('_', '-')} says how to begin with another model: name it with --from")
         return options
-    from segnb.transfer import fine_tuning
+    from segnb.transfer import fine_tuning, read_source
     if a.resume: raise UsageError('--continue goes on with what the run began with: leave --from out')
+    read_source(a.source, a.from_fold, a.from_checkpoint) # a slip in the line shows before --overwrite removes anything
     rest = dict(rename=dict(a.rename)) if a.rename else {}
-    begun = fine_tuning(a.source, fold=a.from_fold, checkpoint=a.from_checkpoint, lr_encoder=a.lr_encoder, lr_decoder=a.lr_decoder, lr_head=a.lr_head, initial_lr=options.get('initial_lr', .01),
+    begun = fine_tuning(a.source, freeze_encoder=a.freeze_encoder or 0, fold=a.from_fold, checkpoint=a.from_checkpoint, lr_encoder=a.lr_encoder, lr_decoder=a.lr_decoder, lr_head=a.lr_head, initial_lr=options.get('initial_lr', .01),
                         optimizer=options.get('optimizer', 'sgd'), **({'new_channels': 'new'} if a.fresh_channels else {}), **rest)
     return options | begun | {'callbacks': (*begun['callbacks'], *options['callbacks'])}
 
@@ -1263,53 +1267,64 @@ def _export_model_arguments(p):
     p.add_argument('-c', '--configurations', nargs='+', metavar='CONFIGURATION', help='configurations (default: all that are trained)')
     p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help='folds (default: all that are trained)')
     p.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which network of each fold (default: final)')
+    p.add_argument('--no-case-names', action='store_true', help='number the cases, so that their names stay here')
     for name, text in (('licence', 'under which the model may be used'), ('description', 'what it does'), ('citation', 'what to cite')): p.add_argument(f'--{name}', help=text)
-    return lambda a: {'file': export_model(a.model, a.output, a.workspace, a.configurations, folds=a.folds, checkpoint=a.checkpoint, licence=a.licence, description=a.description, citation=a.citation)}
+    return lambda a: {'file': export_model(a.model, a.output, a.workspace, a.configurations, folds=a.folds, checkpoint=a.checkpoint, licence=a.licence, description=a.description, citation=a.citation, case_names=not a.no_case_names)}
 
 # %% ../nbs/90_cli.ipynb #27ff05d6
-def _kind_of(source):
-    "'segnb', 'v1' or 'v2': whose model a file or folder holds"
+def _is_official(source):
+    "Whether a folder or zip file can only be a model of nnU-Net itself"
     import zipfile
-    if source.is_dir(): names = [f.relative_to(source).as_posix() for f in source.rglob('*') if f.suffix in ('.pkl', '.json', '.pth')]
-    else:
-        try:
-            with zipfile.ZipFile(source) as z: names = z.namelist()
-        except (OSError, zipfile.BadZipFile): return 'segnb' # whose reader says what is wrong with it
-    if any(n.endswith('plans.pkl') for n in names): return 'v1'
-    return 'v2' if any(n.endswith('.pth') for n in names) and 'manifest.json' not in names else 'segnb'
+    if source.is_dir(): return True
+    try:
+        with zipfile.ZipFile(source) as z: return 'manifest.json' not in (names := z.namelist()) and any(n.endswith(('.pth', 'plans.pkl', '.model')) for n in names)
+    except (OSError, zipfile.BadZipFile): return False # the reader of model files says what is wrong with it
 
 def import_model(
-    source,                # A file of `segnb export-model`; a folder or zip file of a model of nnU-Net v1 or v2
+    source,                # A file of `segnb export-model`; a folder or zip file of models of nnU-Net v1 or v2
     out=None,              # The folder to make; None: in the workspace, named after data set and configuration
     workspace='workspace', # The workspace
     overwrite:bool=False,  # Replace what is there
     describe:bool=False,   # Only say what is in a file of `segnb export-model`
     say=print,             # Where messages go
+    **options,             # For `segnb.exchange.import_model`: digest; for `load_nnunet`: folds, and for v1 dataset, regions, repair
 )->Path:                   # The folder
     "Make an ordinary model folder of a model from elsewhere, which is verified first; raises `SegnbError`"
     from segnb import exchange
-    source = Path(source)
+    source, models = Path(source), Path(workspace)/'models'
     if not source.exists(): raise UsageError(f'there is no {source}')
-    if (kind := _kind_of(source)) == 'segnb':
+    if _is_official(source):
+        if describe: raise UsageError(f'{source} is no file of segnb export-model, which alone describes itself; leave --describe out to import it')
+        try: made = exchange.load_nnunet(source, out, overwrite=overwrite, **options, **({} if out else {'models': models}))
+        except TypeError as error:
+            if 'unexpected keyword' not in str(error): raise
+            raise UsageError(f'{source} is a model of nnU-Net v2: --dataset and --repair are for those of v1') from None
+    else:
         card = exchange.describe_model(source)
         say(str(card))
         if describe: return card.manifest
         if out is None:
-            out = Path(workspace)/'models'/str(card.trained_on.get('dataset') or source.stem)
-            if not len(card.configurations) > 1: out = out/next(iter(card.configurations))
-        made = exchange.import_model(source, out, overwrite=overwrite)
-    else: made = (exchange.load_nnunet_v1 if kind == 'v1' else exchange.load_nnunet_v2)(source, out or Path(workspace)/'models', overwrite=overwrite)
-    say(f'{made}: segnb predict -i IMAGES -o OUT -m {made}')
+            out = models/str(card.trained_on.get('dataset') or source.stem)
+            if len(card.configurations) == 1: out = out/next(iter(card.configurations))
+        made = exchange.import_model(source, out, overwrite=overwrite, **options)
+    say(f'{made}; to predict with it: segnb predict -i IMAGES -o OUT -m ' + str(made if (made/'plans.json').exists() else max((f.parent for f in made.glob('*/plans.json')), key=lambda c: ('cascade' in c.name, c.name))))
     return made
 
-@_verb('import-model', 'Make a model folder of a model file, or of a model of nnU-Net v1 or v2; everything is verified first.', 'segnb import-model hippocampus.segnb -w workspace')
+# %% ../nbs/90_cli.ipynb #cead33b2
+@_verb('import-model', 'Make a model folder of a model file, or of models of nnU-Net v1 or v2; everything is verified first, nothing in it is run.', 'segnb import-model hippocampus.segnb -w workspace')
 def _import_model_arguments(p):
-    p.add_argument('source', help='a file of segnb export-model; a folder or zip file of a model of nnU-Net v1 or v2')
+    p.add_argument('source', help='a file of segnb export-model; a folder or zip file of models of nnU-Net v1 or v2')
     _arguments(p, 'workspace', 'json')
     p.add_argument('-o', '--output', metavar='FOLDER', help='the folder to make (default: in the workspace, named after data set and configuration)')
     p.add_argument('--overwrite', action='store_true', help='replace what is there')
-    p.add_argument('--describe', action='store_true', help='only say what is in a file of segnb export-model')
-    return lambda a: {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe)}
+    add = p.add_argument_group('files of segnb export-model').add_argument
+    add('--describe', action='store_true', help='only say what is in the file')
+    add('--digest', help='digest that the sender told: another file is refused')
+    add = p.add_argument_group('models of nnU-Net').add_argument
+    add('-f', '--folds', nargs='+', metavar='FOLD', help='folds to take (default: all that are there)')
+    add('--dataset', metavar='FILE', help="v1: the dataset.json of the task, for the names of the labels, which such a model does not keep")
+    add('--repair', action='store_true', help="v1 cascades: put the first stage's map where it belongs (default: as nnU-Net v1 does, so that the masks are the same)")
+    return lambda a: {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe, **{k: v for k in ('digest', 'folds', 'dataset', 'repair') if (v := getattr(a, k))})}
 
 # %% ../nbs/90_cli.ipynb #6cb65b0c
 @_verb('export-onnx', 'Write networks as ONNX, with the pipeline as JSON and a script that needs numpy and onnxruntime alone.', 'segnb export-onnx 4 -w workspace -o hippocampus_onnx')

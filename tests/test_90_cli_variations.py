@@ -4,7 +4,7 @@ import json, shutil
 import numpy as np
 import pytest
 
-from conftest import files
+from conftest import ROOT, files
 from segnb.image import read_label_map
 
 FEW = ('--device', 'cpu', '-q', '-j', 0)
@@ -69,7 +69,9 @@ def test_a_training_begins_with_another_model_and_says_what_was_taken(ct, segnb,
 
 def test_options_of_a_start_need_a_start(ct, segnb):
     refused(segnb('train', ct.raw.name, 0, '-w', ct.workspace, '--lr-encoder', .001, *SHORT), '--from')
+    before = files(ct.model)
     refused(segnb('train', ct.raw.name, 0, '-w', ct.workspace, '--from', '/nowhere', '--overwrite', *SHORT), '/nowhere')
+    assert files(ct.model) == before   # nothing was removed for a start that cannot be
 
 
 def test_a_plan_without_a_cascade_says_so(ct, segnb):
@@ -124,8 +126,7 @@ def test_a_network_of_ones_own_is_trained_found_again_and_refused_politely(ct, s
     shutil.copytree(ct.workspace/'preprocessed', work/'preprocessed')
     file.write_text(NETWORK, encoding='utf-8')
     refused(segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:nothing', *SHORT), 'nothing')
-    refused_json = segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:build', '--network-options', '[1]', *SHORT)
-    assert refused_json.returncode == 2
+    with pytest.raises(SystemExit): segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:build', '--network-options', '[1]', *SHORT)
     succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--network', f'{file}:build', '--network-options', '{"activation": "gelu"}', *SHORT))
     model = work/'models'/ct.raw.name/'3d_fullres'
     succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--epochs', 2, '--no-validation', *FEW))
@@ -134,3 +135,13 @@ def test_a_network_of_ones_own_is_trained_found_again_and_refused_politely(ct, s
     refused(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out2', '-m', model, *FEW), 'mine.py')
     succeeded(segnb('predict', '-i', ct.raw/'imagesTs', '-o', tmp_path/'out2', '-m', model, *FEW, '--disable-tta', '--network', f'{moved}:build'))
     for f in sorted((tmp_path/'out').glob('*.nii.gz')): assert np.array_equal(read_label_map(f)[0], read_label_map(tmp_path/'out2'/f.name)[0])
+
+
+@pytest.mark.parametrize('kind, folders', [('v1_plain', ['3d_fullres']), ('v2_cascade', ['3d_cascade_fullres', '3d_lowres'])])
+def test_official_models_come_in(kind, folders, segnb, tmp_path):
+    source = ROOT/'tests'/'recorded'/'official'/f'{kind}.zip'
+    made = json.loads(succeeded(segnb('import-model', source, '-w', tmp_path, '--json', '-')))['model']
+    assert {f.parent.name for f in (tmp_path/'models').rglob('plans.json')} >= set(folders), made
+    refused(segnb('import-model', source, '-w', tmp_path), 'already')
+    refused(segnb('import-model', source, '-w', tmp_path, '--describe'), 'export-model')
+    if kind.startswith('v2'): refused(segnb('import-model', source, '-o', tmp_path/'x', '--repair'), 'v1')
