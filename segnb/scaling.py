@@ -8,7 +8,7 @@ __all__ = ['JobError', 'Job', 'job_levels', 'training_jobs', 'prediction_jobs', 
            'Rates', 'Machines', 'estimate_scale']
 
 # %% ../nbs/85_scaling.ipynb #12ccd17f
-import contextlib, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
+import contextlib, hashlib, math, os, re, shlex, shutil, signal, subprocess, sys, threading, time
 from dataclasses import dataclass
 from pathlib import Path
 from tqdm import tqdm
@@ -126,7 +126,6 @@ def plan_jobs(
     if what not in plans: raise JobError('no such work', found=what, expected=' or '.join(plans))
     return plans[what](*args, **options)
 
-# %% ../nbs/85_scaling.ipynb #e4d42a30
 def _cases(source, model):
     "Cases of a folder of images in their order, and the ending of the label maps"
     from segnb.planning import Plans
@@ -134,14 +133,18 @@ def _cases(source, model):
     ending = read_json(model/'dataset.json').get('file_ending')
     return list(_cases_of(source, Plans.load(model/'plans.json'), ending)), ending or '.nii.gz'
 
-# %% ../nbs/85_scaling.ipynb #857b3d8f
+# %% ../nbs/85_scaling.ipynb #43068c6a
 def load_jobs(
     folder, # Folder of jobs
 )->list:    # `Job`s
     "Read the jobs of a folder; raises `SegnbError`"
     found = read_json(Path(folder)/'jobs.json')
-    try: return [Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in found['jobs']]
-    except (TypeError, KeyError) as e: raise JobError('these are no jobs', file=Path(folder)/'jobs.json', found=str(e), fix='plan them again') from None
+    try:
+        jobs = [Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in found['jobs']]
+        for j in jobs:
+            if not (j.command and isinstance(j.command, tuple) and all(isinstance(w, str) for w in (j.name, *j.command))): raise TypeError(f'{j.name}: {j.command!r} is no list of words')
+    except (TypeError, KeyError, AttributeError) as e: raise JobError('these are no jobs', file=Path(folder)/'jobs.json', found=str(e), fix='plan them again') from None
+    return jobs
 
 def job_states(
     folder,         # Folder of jobs
@@ -150,20 +153,29 @@ def job_states(
     "Say how each job stands: `lost` jobs were killed with their machine, `waiting` ones wait for others"
     states, folder = {}, Path(folder)
     jobs = load_jobs(folder) if jobs is None else jobs
-    levels = job_levels(jobs)
+    levels, works = job_levels(jobs), _works(jobs)
     for job in sorted(jobs, key=lambda j: levels[j.name]):
         note = _note(folder, job)
         state = note.get('state')
         if state == 'running' and _lock_is_free(folder, job): state = 'lost'
-        if state == 'done' and (note['command'] != list(job.command) or any(not os.path.exists(f) for f in job.makes)): state = None
+        other = note.get('command') != list(job.command) or any(note.get('after', {}).get(a, works[a]) != works[a] for a in job.after)
+        if state == 'done' and (other or any(not os.path.exists(f) for f in job.makes)): state = None
         states[job.name] = state or ('ready' if all(states[a] == 'done' for a in job.after) else 'waiting')
     return {j.name: states[j.name] for j in jobs}
 
-# %% ../nbs/85_scaling.ipynb #d242de2f
+# %% ../nbs/85_scaling.ipynb #c7c045a7
+def _works(jobs):
+    "{name: digest of a job's command and of all that went into it}"
+    levels, found = job_levels(jobs), {}
+    for j in sorted(jobs, key=lambda j: levels[j.name]): found[j.name] = hashlib.sha256(repr((j.command, sorted(found[a] for a in j.after))).encode()).hexdigest()[:16]
+    return found
+
 def _note(folder, job):
     "What is noted of a job; {} if nothing is"
     file = folder/'state'/f'{job.name}.json'
-    return read_json(file) if file.exists() else {}
+    note = read_json(file) if file.exists() else {}
+    if not isinstance(note, dict): raise JobError('this is no note of a job', file=file, found=str(note)[:40], fix='remove the file: the job is then run again')
+    return note
 
 @contextlib.contextmanager
 def _only_runner(folder, job):
@@ -197,16 +209,16 @@ def run_job(
     if early := [a for a in job.after if states[a] != 'done']: raise JobError('a job must wait for others', case=job.name, found=', '.join(f'{a} is {states[a]}' for a in early), fix='run those first')
     with _only_runner(folder, job) as mine:
         if not mine: raise JobError('the job is running already', case=job.name, found=f"on {_note(folder, job).get('host', 'another machine')}")
-        return _carry_out(folder, job, say)
+        return _carry_out(folder, job, _works(jobs), say)
 
 # %% ../nbs/85_scaling.ipynb #856f28da
 _INTERRUPTED = 75  # EX_TEMPFAIL
 
-def _carry_out(folder, job, say):
+def _carry_out(folder, job, works, say):
     "Start the command of a job and wait for it"
     words, began = job_command(job), time.time()
     attempt, host = _note(folder, job).get('attempts', 0) + 1, os.uname().nodename if hasattr(os, 'uname') else ''
-    note = dict(state='running', command=list(job.command), attempts=attempt, host=host, slurm=os.environ.get('SLURM_JOB_ID'), began=time.strftime('%Y-%m-%d %H:%M:%S'))
+    note = dict(state='running', command=list(job.command), after={a: works[a] for a in job.after}, attempts=attempt, host=host, slurm=os.environ.get('SLURM_JOB_ID'), began=time.strftime('%Y-%m-%d %H:%M:%S'))
     write_json(note, folder/'state'/f'{job.name}.json')
     log = folder/'logs'/f'{job.name}.log'
     log.parent.mkdir(exist_ok=True)
@@ -255,7 +267,6 @@ def job_command(
     known = {'segnb': ['-m', 'segnb.cli'], 'torchrun': ['-m', 'torch.distributed.run'], 'python': []}
     return [sys.executable, *known[first], *words] if first in known else [first, *words]
 
-# %% ../nbs/85_scaling.ipynb #f71cdcd8
 def _torchrun(words, nodes, per_node, head, port=29500, identity='segnb', python=sys.executable):
     "The words that start `segnb` in several processes, on one node or on each of several"
     meet = ['--standalone'] if nodes == 1 else [f'--nnodes={nodes}', f'--rdzv_id={identity}', '--rdzv_backend=c10d', f'--rdzv_endpoint={head}:{port}']
@@ -332,7 +343,7 @@ def write_slurm(
     if any(o.split('=')[0] in ('--array', '--output', '--dependency') for o in options): raise JobError('this option of sbatch is ours', found=' '.join(options))
     groups, scripts = _groups(jobs), {}
     jobs = [j for group in groups for j in group] # the numbers of an array are neighbours
-    for old in folder.glob('[0-9][0-9]_*.sh'): old.unlink()
+    for old in folder.glob('[0-9][0-9]*_*.sh'): old.unlink()
     write_json({'jobs': [vars(j) for j in jobs]}, folder/'jobs.json')
     for sub in ('logs', 'state'): (folder/sub).mkdir(exist_ok=True)
     for nth, group in enumerate(groups):
@@ -368,17 +379,16 @@ def _submit(folder, jobs, scripts, python, at_once):
     "The script that hands all arrays over, each after those that it waits for"
     text = _SUBMIT.format(folder=shlex.quote(str(folder)), python=shlex.quote(str(python)))
     for script, group in scripts.items():
-        awaited = [f'id_{s[:2]}' for s, g in scripts.items() if {j.name for j in g} & {a for j in group for a in j.after}]
-        text += _ONE.format(script=shlex.quote(script), id=f'id_{script[:2]}', waits=''.join(f'${{{i}:+:${i}}}' for i in awaited) or "''", limit=f'%{at_once}' if at_once else '')
+        awaited = [f"id_{s.split('_')[0]}" for s, g in scripts.items() if {j.name for j in g} & {a for j in group for a in j.after}]
+        text += _ONE.format(script=shlex.quote(script), id=f"id_{script.split('_')[0]}", waits=''.join(f'${{{i}:+:${i}}}' for i in awaited) or "''", limit=f'%{at_once}' if at_once else '')
     return _script(folder/'submit.sh', text)
 
-# %% ../nbs/85_scaling.ipynb #468d2aa7
+# %% ../nbs/85_scaling.ipynb #f2d0c42f
 def _numbers(script):
     "The numbers of an array script"
     found = re.search(r'--array=([\d,-]+)', script.read_text(encoding='utf-8'))
     return [n for part in found[1].split(',') for n in range(int(part.split('-')[0]), int(part.split('-')[-1]) + 1)]
 
-# %% ../nbs/85_scaling.ipynb #8f98825a
 def jobs_todo(
     folder,           # Folder of jobs
     script:str=None,  # Name of one of its array scripts; None: all jobs
@@ -436,8 +446,9 @@ def _may_run(state, tried, retries):
 def _start(folder, i, device):
     "Start the array script with the number of a job; without bash, the line in it"
     env = {**os.environ, 'SLURM_ARRAY_TASK_ID': str(i), **({} if device is None else {'CUDA_VISIBLE_DEVICES': device})}
-    script = next((f for f in sorted(folder.glob('[0-9][0-9]_*.sh')) if i in _numbers(f)), None)
+    script = next((f for f in sorted(folder.glob('[0-9][0-9]*_*.sh')) if i in _numbers(f)), None)
     line = ['bash', str(script)] if script and shutil.which('bash') else [sys.executable, '-m', 'segnb.scaling', 'run', str(folder), str(i)]
+    (folder/'logs').mkdir(exist_ok=True)
     with open(folder/'logs'/f'local-{i}.txt', 'a') as out: return subprocess.Popen(line, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
 
 def _wait_for_one(running, slots, every=.05):

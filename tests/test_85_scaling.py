@@ -154,6 +154,25 @@ def test_two_runners_of_one_job(tmp_path):
     assert (tmp_path/'began').read_text() == 'x\n' and job_states(tmp_path/'jobs') == {'long': 'done'}
 
 
+def test_another_command_makes_what_came_after_it_stale(tmp_path):
+    def plan(text, *more): return [Job('prepare', sh(f'echo {text} > {tmp_path}/p'), (), (f'{tmp_path}/p',)), Job('train', sh(f'cat {tmp_path}/p > {tmp_path}/t'), ('prepare',), (f'{tmp_path}/t',)),
+                                   Job('select', sh(f'cat {tmp_path}/t > {tmp_path}/s'), ('train',), (f'{tmp_path}/s',)), Job('aside', sh(f'echo x >> {tmp_path}/a')), *more]
+    for text, todo in (('one', [0, 1, 2, 3]), ('one', []), ('two', [0, 1, 2])):
+        write_slurm(plan(text), tmp_path/'jobs')
+        jobs = load_jobs(tmp_path/'jobs')
+        assert {jobs[i].name for i in jobs_todo(tmp_path/'jobs')} == {plan(text)[i].name for i in todo}
+        for i in jobs_todo(tmp_path/'jobs'): run_job(tmp_path/'jobs', i, str)
+        assert (tmp_path/'s').read_text() == f'{text}\n', 'chosen from what another command had made'
+    (tmp_path/'t').unlink() # the same command will make the same file: what was chosen stays
+    assert [jobs[i].name for i in jobs_todo(tmp_path/'jobs')] == ['train']
+    for bad in ('[]', '{"jobs": "x"}', '{"jobs": [{"name": "a", "command": "rm"}]}', '{"jobs": [{"name": "a", "command": []}]}', '{"jobs": [{"name": 3, "command": ["x"]}]}'):
+        (tmp_path/'jobs'/'jobs.json').write_text(bad)
+        with pytest.raises(JobError, match='these are no jobs'): load_jobs(tmp_path/'jobs')
+    write_slurm(plan('two'), tmp_path/'jobs')
+    (tmp_path/'jobs'/'state'/'aside.json').write_text('[]')
+    with pytest.raises(JobError, match='no note of a job'): show_jobs(tmp_path/'jobs')
+
+
 def test_what_a_job_says_when_it_cannot(tmp_path, capsys):
     target = tmp_path/'jobs'
     write_slurm([Job('nothing', ('no-such-program',)), Job('liar', sh('true'), makes=(str(tmp_path/'never'),))], target)
