@@ -8,8 +8,8 @@ __all__ = ['STEPS', 'STATUS_COLORS', 'CascadeError', 'phantom_trunk', 'make_trun
            'draw_cascade', 'build_cascade', 'CascadePredictor']
 
 # %% ../nbs/80_cascade.ipynb #fdd21b2c
-import hashlib, json, os, sys, time
-from dataclasses import asdict, dataclass
+import json, os, sys, time, zipfile
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,11 +17,13 @@ import numpy as np
 from fastcore.basics import patch
 from tqdm import tqdm
 from .checkpoints import CHECKPOINTS
-from .dataset import Case, Description
+from .dataset import Case, Dataset, Description
 from .image import Geometry, SegnbError, write_image, write_label_map
+from .labels import Labels
 from .planning import Plans
 from .prediction import PredictionError, Predictor, _cases_of, _fingerprint
-from .preprocessing import _damages, _source, load_preprocessed, preprocess_dataset, preprocessing_identity, previous_from_probabilities, save_previous, verify_preprocessed
+from .preprocessing import (_damages, _source, load_preprocessed, preprocess_dataset, preprocessing_identity, previous_from_probabilities,
+                                 save_previous, verify_preprocessed)
 from .samples import blob, smooth_field
 from .splits import load_splits, split_for_fold
 from .training import Trainer
@@ -44,7 +46,9 @@ def phantom_trunk(
     bottom, middle = rng.uniform(6, 14), rng.uniform(31, 36, 2)
     radius = np.hypot(*((p[a] - middle[a - 1])/rng.uniform(26, 29) for a in (1, 2))) + .03*smooth_field(rng, mm, 40., 4)
     body = (radius < 1) & (p[0] > bottom) & (p[0] < bottom + 136)
-    def gland(z): return body & (blob(rng, p, (bottom + z + rng.uniform(-3, 3), *(middle + rng.uniform(-5, 5, 2))), rng.uniform(7.5, 9.5, 3), rough=.25, frequency=3.) > 0)
+    def gland(z):
+        center = (bottom + z + rng.uniform(-3, 3), *(middle + rng.uniform(-5, 5, 2)))
+        return body & (blob(rng, p, center, rng.uniform(7.5, 9.5, 3), rough=.25, frequency=3.) > 0)
     near, far = gland(54.), gland(82.)
     image = 300 + 25*smooth_field(rng, mm, 12., 10)
     image[near | far] = 420
@@ -69,8 +73,9 @@ def make_trunks(
         for kind in ('images', 'labels'): check_writable(folder/f'{kind}{part}')
         write_image(case.image[0].astype(np.int16), case.geometry, folder/f'images{part}'/f'{name}_0000.nii.gz')
         write_label_map(case.label, case.geometry, folder/f'labels{part}'/f'{name}.nii.gz')
-    write_json({'name': folder.name, 'description': 'Computer-made phantoms, from segnb.cascade', 'licence': 'CC0-1.0', 'modality': {'0': 'MR'}, 'numTraining': n_train, 'numTest': n_test,
-                'labels': {'0': 'background', '1': 'near gland', '2': 'far gland'}, 'training': [{'image': f'./imagesTr/{n}.nii.gz', 'label': f'./labelsTr/{n}.nii.gz'} for n in names[:n_train]],
+    write_json({'name': folder.name, 'description': 'Computer-made phantoms, from segnb.cascade', 'licence': 'CC0-1.0', 'modality': {'0': 'MR'},
+                'numTraining': n_train, 'numTest': n_test, 'labels': {'0': 'background', '1': 'near gland', '2': 'far gland'},
+                'training': [{'image': f'./imagesTr/{n}.nii.gz', 'label': f'./labelsTr/{n}.nii.gz'} for n in names[:n_train]],
                 'test': [f'./imagesTs/{n}.nii.gz' for n in names[n_train:]]}, folder/'dataset.json')
     return folder
 
@@ -122,7 +127,8 @@ def _first_stage(plans, configuration):
     cascades = [name for name, c in plans.configurations.items() if c.previous_stage]
     if before is None:
         raise CascadeError(f"'{configuration}' is no second stage", found=f"cascades in the plan: {', '.join(cascades) or 'none'}",
-                           fix='plan for less memory (segnb plan --gpu-memory) where one patch already sees enough of a case there is no cascade' if not cascades else f'use {cascades[0]}')
+                           fix=f'use {cascades[0]}' if cascades else
+                           'plan for less memory (segnb plan --memory-gb): where a patch sees a quarter of a case there is no cascade')
     if plans.configuration(before).previous_stage:
         raise CascadeError(f"'{before}' is itself a second stage", expected='two stages: a preprocessed case holds one label map of the stage before')
     return before
@@ -173,16 +179,20 @@ def _hand_on(predictor, preprocessed, model, fold, checkpoint, first, data, vali
     "The held-back cases of one fold: predict what is not yet there, lay it on the voxels of the second stage"
     low, full = _held_back(model, fold, checkpoint, preprocessed, predictor), _second_files(preprocessed, predictor.plans, data)
     if lost := [one.case for one in low.values() if one.case not in full]:
-        raise CascadeError(f'{len(lost)} case(s) of fold {fold} are not preprocessed for the second stage', file=preprocessed/data, found=', '.join(lost[:5]), fix=f'segnb preprocess DATASET -c {data}')
+        raise CascadeError(f'{len(lost)} case(s) of fold {fold} are not preprocessed for the second stage', file=preprocessed/data, found=', '.join(lost[:5]),
+                           fix=f'segnb preprocess DATASET -c {data}')
     made = _made_with(predictor)
     sources = {name: _source_of(made, fold, one) for name, one in low.items()}
-    todo = {name: one for name, one in low.items() if overwrite or full[one.case].properties.get('previous_source') != sources[name] or not _has_map(full[one.case])}
+    def fits(name, one): return one.properties.get('previous_source') == sources[name] and _has_map(one)
+    todo = {name: one for name, one in low.items() if overwrite or not fits(name, full[one.case])}
     out = model/f'fold_{fold}'/('validation' if checkpoint == 'final' else f'validation_{checkpoint}')
     if validate and todo: _tidy(out, low, made, False)
-    for name, one in tqdm(todo.items(), desc=f'{first} fold {fold}, maps', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)):
+    hidden = {True: None, False: True}.get(progress, False)
+    for name, one in tqdm(todo.items(), desc=f'{first} fold {fold}, maps', unit='case', file=sys.stderr, disable=hidden):
         label_map, probabilities = previous_stage_maps(predictor, one, full[one.case])
         save_previous(full[one.case], label_map, sources[name])
-        if validate and not (out/name).exists(): predictor.bring_home(probabilities, one.properties, Geometry.from_dict(one.properties['geometry']), out/name)
+        if validate and not (out/name).exists():
+            predictor.bring_home(probabilities, one.properties, Geometry.from_dict(one.properties['geometry']), out/name)
     return [one.case for one in todo.values()]
 
 
@@ -190,49 +200,9 @@ def _second_files(preprocessed, plans, data):
     "The preprocessed cases of the second stage; those of another plan are refused"
     cases, expected = load_preprocessed(preprocessed/data), preprocessing_identity(plans, data)
     other = [c for c, one in cases.items() if one.properties.get('preprocessing', expected) != expected]
-    if other: raise CascadeError("the case was preprocessed by another plan than the model's", case=other[0], file=preprocessed/data, fix="preprocess with the model's plans.json")
-    return cases
-
-
-def _source_of(made, fold, low):
-    "What a map was made from, as it is noted beside it: network, way of asking, and the image that was shown"
-    kept = ('configuration', 'plan', 'checkpoint', 'epoch', 'weights', 'step_size', 'mirror_axes', 'precision', 'whole_image')
-    return json.loads(json.dumps({k: made[k] for k in kept} | {'fold': str(fold), 'held_back': str(fold) != 'all', 'image': _checksum_of(low, 'data')}))
-
-
-def _has_map(case, contents=False):
-    "Whether the map of the stage before is there and whole"
-    name = f'{case.case}_previous.npy'
-    return name in case.properties.get('files', {}) and not any(d.file.name == name for d in _damages(case, contents))
-
-
-def _checksum_of(case, part):
-    "The noted checksum of one of a case's files, or None"
-    return (case.properties.get('files', {}).get(f'{case.case}_{part}.npy') or [None, None])[1]
-
-# %% ../nbs/80_cascade.ipynb #632a0d70
-def _hand_on(predictor, preprocessed, model, fold, checkpoint, first, data, validate, overwrite, progress):
-    "The held-back cases of one fold: predict what is not yet there, lay it on the voxels of the second stage"
-    low, full = _held_back(model, fold, checkpoint, preprocessed, predictor), _second_files(preprocessed, predictor.plans, data)
-    if lost := [one.case for one in low.values() if one.case not in full]:
-        raise CascadeError(f'{len(lost)} case(s) of fold {fold} are not preprocessed for the second stage', file=preprocessed/data, found=', '.join(lost[:5]), fix=f'segnb preprocess DATASET -c {data}')
-    made = _made_with(predictor)
-    sources = {name: _source_of(made, fold, one) for name, one in low.items()}
-    todo = {name: one for name, one in low.items() if overwrite or full[one.case].properties.get('previous_source') != sources[name] or not _has_map(full[one.case])}
-    out = model/f'fold_{fold}'/('validation' if checkpoint == 'final' else f'validation_{checkpoint}')
-    if validate and todo: _tidy(out, low, made, False)
-    for name, one in tqdm(todo.items(), desc=f'{first} fold {fold}, maps', unit='case', file=sys.stderr, disable={True: None, False: True}.get(progress, False)):
-        label_map, probabilities = previous_stage_maps(predictor, one, full[one.case])
-        save_previous(full[one.case], label_map, sources[name])
-        if validate and not (out/name).exists(): predictor.bring_home(probabilities, one.properties, Geometry.from_dict(one.properties['geometry']), out/name)
-    return [one.case for one in todo.values()]
-
-
-def _second_files(preprocessed, plans, data):
-    "The preprocessed cases of the second stage; those of another plan are refused"
-    cases, expected = load_preprocessed(preprocessed/data), preprocessing_identity(plans, data)
-    other = [c for c, one in cases.items() if one.properties.get('preprocessing', expected) != expected]
-    if other: raise CascadeError("the case was preprocessed by another plan than the model's", case=other[0], file=preprocessed/data, fix="preprocess with the model's plans.json")
+    if other:
+        raise CascadeError("the case was preprocessed by another plan than the model's", case=other[0], file=preprocessed/data,
+                           fix="preprocess with the model's plans.json")
     return cases
 
 
@@ -272,7 +242,8 @@ class NoteInputs:
         now = training_inputs(t.preprocessed, t.plans, t.configuration, sorted({*t.train_cases, *t.val_cases}))
         before = read_json(file) if t.epoch and file.exists() else now
         if changed := [c for c in {**before, **now} if before.get(c) != now.get(c)]:
-            raise CascadeError(f'{len(changed)} case(s) changed after epoch 0 of this training', file=t.folder, found=', '.join(changed[:5]), fix='train again from the beginning (fit(overwrite=True), --overwrite)')
+            raise CascadeError(f'{len(changed)} case(s) changed after epoch 0 of this training', file=t.folder, found=', '.join(changed[:5]),
+                               fix='train again from the beginning (fit(overwrite=True), --overwrite)')
         if t.world.main: write_json(now, file)
 
 # %% ../nbs/80_cascade.ipynb #e0fa915f
@@ -289,9 +260,14 @@ class _Look:
     def __init__(self, preprocessed, models, nodes, dataset=None, verify=False):
         self.preprocessed, self.models, self.nodes, self.dataset, self.verify = Path(preprocessed), Path(models), nodes, dataset, verify
         self.plans = Plans.load(self.preprocessed/'plans.json')
-        self.cases = (dataset or Description(self.preprocessed)).cases
         self.second = nodes[-1].configuration
         self.data = self.plans.configuration(self.second).data_configuration
+        self.cases = dataset.cases if dataset is not None else Description(self.preprocessed).cases or self.found()
+
+    def found(self):
+        "The cases that are preprocessed for one stage at least: what is known where dataset.json lists none"
+        folders = [self.preprocessed/n.configuration for n in self.nodes if n.step == 'preprocess']
+        return tuple(sorted({c for f in folders if f.is_dir() for c in load_preprocessed(f)}))
 
     def states(self):
         found = {}
@@ -306,11 +282,20 @@ class _Look:
         folder, expected = self.preprocessed/node.configuration, preprocessing_identity(self.plans, node.configuration)
         there = load_preprocessed(folder) if folder.is_dir() else {}
         if missing := [c for c in self.cases if c not in there]: return 'missing', f'{len(missing)} of {len(self.cases)} cases: {_some(missing)}'
-        if bad := list(dict.fromkeys(d.case for d in verify_preprocessed(folder, contents=self.verify) if not d.file.name.endswith('_previous.npy'))): return 'stale', f'damaged: {_some(bad)}'
+        if not there: return 'missing', 'no case'
+        damages = [d for d in verify_preprocessed(folder, contents=self.verify) if not d.file.name.endswith('_previous.npy')]
+        if damages: return 'stale', f'damaged: {_some(list(dict.fromkeys(d.case for d in damages)))}'
         if other := [c for c in self.cases if there[c].properties.get('preprocessing') != expected]: return 'stale', f'made by another plan: {_some(other)}'
         if self.dataset is None: return 'done', f'{len(there)} cases'
-        if new := [c for c in self.cases if there[c].properties.get('source') != _source(self.dataset, c)]: return 'stale', f'files changed: {_some(new)}'
-        return 'done', f'{len(there)} cases'
+        new = [c for c in self.cases if there[c].properties.get('source') != _source(self.dataset, c)]
+        return ('stale', f'files changed: {_some(new)}') if new else ('done', f'{len(there)} cases')
+
+
+def _raw_of(preprocessed):
+    "The data set that was planned from, if it is still where dataset.json says; None otherwise"
+    file = Path(preprocessed)/'dataset.json'
+    source = read_json(file).get('source') if file.exists() else None
+    return Dataset(source) if source and (Path(source)/'dataset.json').is_file() else None
 
 
 def _some(names, most=3): return ', '.join(map(str, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
@@ -330,11 +315,29 @@ def train(self:_Look, node):
     there = [kind for kind, name in CHECKPOINTS.items() if (folder/name).exists()]
     if not there or not (folder/'record.json').exists(): return 'missing', 'not trained'
     record = read_json(folder/'record.json')
-    if record['plans_identity'] != self.plans.identity(node.configuration): return 'stale', 'trained by another plan'
+    if other := _other_model(self.models/node.configuration, self.preprocessed, node.configuration, record['plans_identity']): return 'stale', other
+    if 'final' in there and _weights(folder/CHECKPOINTS['final']) is None: return 'stale', f"damaged: {CHECKPOINTS['final']}"
     if (split := self.split(node.fold)) and (record['train_cases'], record['val_cases']) != split: return 'stale', 'trained on another division of the cases'
     if changed := self.changed(node, folder, record): return 'stale', changed
     epochs = f'{_epochs(folder)} epochs'
     return ('done', epochs) if 'final' in there else ('begun', f'{epochs} done')
+
+def _other_model(model, preprocessed, configuration, identity):
+    "In words why trainings in a model folder are none of this data set's, or None"
+    if identity != Plans.load(preprocessed/'plans.json').identity(configuration): return 'trained by another plan'
+    files = [f/'dataset.json' for f in (model, preprocessed)]
+    if not all(f.exists() for f in files): return None
+    said, now = (_numbers(Labels.from_dict(read_json(f), f)) for f in files)
+    return 'trained with other labels' if said != now else None
+
+def _numbers(labels):
+    "All of labels but their names"
+    return labels.values, [*labels.regions.values()], labels.region_order, labels.ignore
+
+def _weights(checkpoint):
+    "A short name of what a checkpoint holds; None: it cannot be read"
+    try: return _fingerprint(checkpoint)
+    except (OSError, zipfile.BadZipFile): return None
 
 def _epochs(folder):
     "Epochs that a training has done, by its log"
@@ -369,7 +372,8 @@ def maps(self:_Look, node):
     wrong = {c: s for c, s in said.items() if s}
     if wrong: return 'stale', f'{next(iter(wrong.values()))}: {_some(list(wrong))}'
     given = [c for c in split[1] if not isinstance(there[c].properties.get('previous_source'), dict)]
-    return 'done', f'{len(split[1])} cases' + (f', {len(given)} laid from files of unknown origin' if given else '') + (', by a network that was trained on them' if node.fold == 'all' else '')
+    notes = f', {len(given)} laid from files of unknown origin'*bool(given) + ', by a network that was trained on them'*(node.fold == 'all')
+    return 'done', f'{len(split[1])} cases{notes}'
 
 @patch
 def other_map(self:_Look, node, source, low):
@@ -378,7 +382,7 @@ def other_map(self:_Look, node, source, low):
     if source['configuration'] != node.configuration or source['fold'] != node.fold: return f"made by {source['configuration']}, fold {source['fold']}"
     if source['plan'] != self.plans.identity(node.configuration): return 'made by another plan'
     file = self.models/node.configuration/f'fold_{node.fold}'/CHECKPOINTS.get(source['checkpoint'].removeprefix('checkpoint_').removesuffix('.pt'), '')
-    if file.is_file() and source['weights'] != _fingerprint(file): return 'made by other weights'
+    if file.is_file() and source['weights'] != _weights(file): return 'made by other weights'
     if low is not None and source['image'] != _checksum_of(low, 'data'): return 'made from another image'
 
 @patch
@@ -388,7 +392,7 @@ def validate(self:_Look, node):
     summary, weights = folder/'validation'/'summary.json', folder/CHECKPOINTS['final']
     if not summary.exists(): return 'missing', 'no summary.json'
     made = (read_json(summary).get('made_with') or {}).get('weights')
-    if weights.exists() and made != _fingerprint(weights): return 'stale', 'scored other weights'
+    if weights.exists() and made != _weights(weights): return 'stale', 'scored other weights'
     split = self.split(node.fold)
     lost = [c for c in (split[1] if split else ()) if c not in read_json(summary)['cases']]
     return ('stale', f'not scored: {_some(lost)}') if lost else ('done', 'scored')
@@ -404,7 +408,8 @@ class Examination:
     @property
     def todo(self): return tuple(s for s in self.states if s.status != 'done')
     def __getitem__(self, name): return next(s for s in self.states if s.node.name == name)
-    def to_dict(self): return [{'step': s.node.step, 'configuration': s.node.configuration, 'fold': s.node.fold, 'status': s.status, 'reason': s.reason} for s in self.states]
+    def to_dict(self):
+        return [{k: getattr(s.node, k) for k in ('step', 'configuration', 'fold')} | {'status': s.status, 'reason': s.reason} for s in self.states]
     def __str__(self): return self.explain()
 
     def explain(self)->str: # A line a piece, and what the next one needs
@@ -420,18 +425,22 @@ def examine_cascade(
     folds=None,                             # Folds of the second stage; None: all of splits.json, or five
     *,
     first_folds=None,                       # Folds of the first stage; None: all of splits.json, so that every case has its map
-    dataset=None,                           # `Dataset`: also see whether its files changed since they were preprocessed
+    dataset=None,                           # `Dataset` whose files are compared with what was preprocessed; None: the one that was planned from, if it is there
     validate:bool=True,                     # Whether held-back cases shall be scored
     verify:bool=False,                      # Read every preprocessed file and compare checksums; False: compare sizes
 )->Examination:
     "Find out what of a cascade is done, missing or stale; nothing is changed; raises `CascadeError`"
     preprocessed = Path(preprocessed)
-    if not (preprocessed/'plans.json').exists(): raise CascadeError('there is no plan', file=preprocessed, expected='plans.json', fix='segnb plan DATASET, then segnb preprocess DATASET')
+    if not (preprocessed/'plans.json').exists():
+        raise CascadeError('there is no plan', file=preprocessed, expected='plans.json', fix='segnb plan DATASET, then segnb preprocess DATASET')
+    if dataset is None: dataset = _raw_of(preprocessed)
     plans, file = Plans.load(preprocessed/'plans.json'), preprocessed/'splits.json'
     numbered = [str(k) for k in range(len(load_splits(file)) if file.exists() else 5)]
     folds = numbered if folds is None else [str(f) for f in folds]
-    if strange := [f for f in folds if f != 'all' and not f.isdecimal()]: raise CascadeError('this is no fold', found=strange[0], expected="a number from 0, or 'all'")
     first_folds = numbered if first_folds is None else [str(f) for f in first_folds]
+    if not folds or not first_folds: raise CascadeError('no fold is named', expected='one at least, in both stages')
+    if strange := [f for f in (*folds, *first_folds) if f not in ('all', *numbered)]:
+        raise CascadeError('this is no fold', found=strange[0], expected=f"0 to {numbered[-1]}, or 'all'")
     nodes = stages(plans, configuration, folds, first_folds, validate)
     return Examination(_Look(preprocessed, models, nodes, dataset, verify).states(), preprocessed, Path(models))
 
@@ -453,8 +462,10 @@ def draw_cascade(
     for s in found.states:
         x, high = kinds.index((s.node.step, s.node.configuration)), 1 if s.node.fold is not None else len(folds)
         y = len(folds) - 1 - folds.index(s.node.fold) if s.node.fold is not None else 0
-        ax.add_patch(FancyBboxPatch((x + .04, y + .08), .88, high - .16, boxstyle='round,pad=0,rounding_size=.05', facecolor=STATUS_COLORS[s.status], edgecolor='#888888'))
-        ax.text(x + .48, y + high/2, '\n'.join([STEPS[s.node.step], s.node.configuration, *([f'fold {s.node.fold}'] if s.node.fold is not None else []), s.status]), ha='center', va='center', fontsize=7.5)
+        box = dict(boxstyle='round,pad=0,rounding_size=.05', facecolor=STATUS_COLORS[s.status], edgecolor='#888888')
+        ax.add_patch(FancyBboxPatch((x + .04, y + .08), .88, high - .16, **box))
+        words = [STEPS[s.node.step], s.node.configuration, *([] if s.node.fold is None else [f'fold {s.node.fold}']), s.status]
+        ax.text(x + .48, y + high/2, '\n'.join(words), ha='center', va='center', fontsize=7.5)
     show_fig(fig, 'Pieces of a cascade as boxes: ' + ', '.join(f'{s.node} {s.status}' for s in found.states))
 
 # %% ../nbs/80_cascade.ipynb #96574107
@@ -465,7 +476,7 @@ def build_cascade(
     folds=None,                             # Folds of the second stage; None: all
     *,
     first_folds=None,                       # Folds of the first stage; None: all, so that every case has its map
-    dataset=None,                           # `Dataset`, to preprocess what is not; None: that must be done already
+    dataset=None,                           # `Dataset`, to preprocess what is not; None: the one that was planned from, if it is there
     first:dict=None,                        # Options of `Trainer` for the first stage only
     validate:bool=True,                     # Predict and score what each fold holds back
     predict:dict=None,                      # Options of `Predictor`: step_size, mirror, precision
@@ -474,13 +485,17 @@ def build_cascade(
     **training,                             # Options of `Trainer` for both stages: epochs, minutes, iterations, ...
 )->Examination:                             # As it stands at the end
     "Do what is missing or stale, piece by piece, and say what and why; stopped, it goes on where it was; raises `CascadeError`"
+    if dataset is None: dataset = _raw_of(preprocessed)
     look = lambda: examine_cascade(preprocessed, models, configuration, folds, first_folds=first_folds, dataset=dataset, validate=validate)
-    work = _Work(Path(preprocessed), Path(models), configuration, dataset, {'first': first or {}, 'predict': predict or {}, 'training': training}, say, progress, validate)
+    options = {'first': first or {}, 'predict': predict or {}, 'training': training}
+    work = _Work(Path(preprocessed), Path(models), configuration, dataset, options, say, progress, validate)
     found, before = look(), None
     say(f'{len(found.todo)} of {len(found.states)} pieces of {configuration} to do' + (f', {work.forecast(found.todo)}' if found.todo else ''))
     while found.todo:
         state = found.todo[0]
-        if state.node == before: raise CascadeError(f'{state.node} was done, and is still {state.status}', found=state.reason, file=models, fix='look whether another program changes these folders')
+        if state.node == before:
+            raise CascadeError(f'{state.node} was done, and is still {state.status}', found=state.reason, file=models,
+                               fix='look whether another program changes these folders')
         say(f'{state.node}: {state.status}, {state.reason}; {work.forecast([state])}')
         work.do(state)
         before, found = state.node, look()
@@ -507,18 +522,21 @@ class _Work:
         if self.dataset is None:
             raise CascadeError(f'{state.node.configuration} is not preprocessed', file=self.preprocessed/state.node.configuration, found=state.reason,
                                fix=f'segnb preprocess DATASET -c {state.node.configuration}, or give dataset=')
-        preprocess_dataset(self.dataset, Plans.load(self.preprocessed/'plans.json'), self.preprocessed, [state.node.configuration], say=self.say)
+        plans, workers = Plans.load(self.preprocessed/'plans.json'), self.settings(state.node.configuration).get('n_workers')
+        preprocess_dataset(self.dataset, plans, self.preprocessed, [state.node.configuration], workers, say=self.say)
 
     def do_train(self, state):
         node, model = state.node, self.models/state.node.configuration
         self.aside(model, node.configuration)
         settings = self.settings(node.configuration)
         callbacks = (NoteInputs(), *settings.pop('callbacks', ()))
-        trainer = Trainer(self.preprocessed, model, node.configuration, node.fold if node.fold == 'all' else int(node.fold), callbacks=callbacks, **{'progress': self.progress, **settings})
+        fold, settings = node.fold if node.fold == 'all' else int(node.fold), {'progress': self.progress, **settings}
+        trainer = Trainer(self.preprocessed, model, node.configuration, fold, callbacks=callbacks, **settings)
         trainer.resume() if state.status == 'begun' else trainer.fit(overwrite=state.status == 'stale')
 
     def do_maps(self, state):
-        prepare_next_stage(self.preprocessed, self.models/state.node.configuration, [state.node.fold], self.second, validate=self.validate, progress=self.progress, **self.asking())
+        model = self.models/state.node.configuration
+        prepare_next_stage(self.preprocessed, model, [state.node.fold], self.second, validate=self.validate, progress=self.progress, **self.asking())
 
     def do_validate(self, state):
         validate_fold(self.models/state.node.configuration, state.node.fold, self.preprocessed, overwrite=False, progress=self.progress, **self.asking())
@@ -530,12 +548,13 @@ class _Work:
         return {k: v for k, v in self.options['training'].items() if k == 'device'} | self.options['predict']
 
     def aside(self, model, configuration):
-        "Put trainings of another plan out of the way, under a hidden name"
-        file = model/'plans.json'
-        if not file.exists() or (old := Plans.load(file)).identity(configuration) == Plans.load(self.preprocessed/'plans.json').identity(configuration): return
-        kept = model.with_name(f'.{model.name}_of_plan_{old.identity(configuration)[:8]}_{time.strftime("%Y%m%d_%H%M%S")}')
+        "Put trainings of another plan, or with other labels, out of the way, under a hidden name"
+        if not (model/'plans.json').exists(): return
+        old = Plans.load(model/'plans.json').identity(configuration)
+        if not (other := _other_model(model, self.preprocessed, configuration, old)): return
+        kept = model.with_name(f'.{model.name}_of_plan_{old[:8]}_{time.strftime("%Y%m%d_%H%M%S")}')
         os.rename(model, kept)
-        self.say(f'{model.name} was trained by another plan: kept as {kept.name}, delete it when you are sure')
+        self.say(f'{model.name} was {other}: kept as {kept.name}, delete it when you are sure')
 
 # %% ../nbs/80_cascade.ipynb #c4286bd9
 @patch
@@ -575,9 +594,9 @@ class CascadePredictor:
     ):
         wanted = second.configuration.previous_stage
         if wanted is None: raise CascadeError(f"'{second.configuration.name}' is no second stage of a cascade", fix='use Predictor')
-        if first.configuration.name != wanted: raise CascadeError('the first predictor is not the stage before', found=first.configuration.name, expected=wanted)
-        if (first.plans.labels, first.plans.channels) != (second.plans.labels, second.plans.channels) or first.labels.values != second.labels.values:
-            raise CascadeError('the stages were trained on other labels or channels', found=f'{first.plans.labels}, {first.plans.channels}', expected=f'{second.plans.labels}, {second.plans.channels}')
+        if (name := first.configuration.name) != wanted: raise CascadeError('the first predictor is not the stage before', found=name, expected=wanted)
+        said, asked = ((p.plans.channels, p.plans.labels, *_numbers(p.labels)) for p in (first, second))
+        if said != asked: raise CascadeError('the stages were trained on other labels or channels', found=said, expected=asked)
         self.first, self.second = first, second
 
     @property
@@ -590,7 +609,7 @@ class CascadePredictor:
 @patch(cls_method=True)
 def from_folder(cls:CascadePredictor,
     model,                      # Folder of the trained second stage: models/TaskXXX/3d_cascade_fullres
-    folds=None,                 # Folds of both stages; None: all that are trained
+    folds=None,                 # Folds of both stages; None: all that are trained. A first stage that has none of them answers with all of its own
     first_model=None,           # Folder of the first stage; None: its name beside `model`
     postprocess:bool=True,      # Apply the postprocessing.json of each stage, where there is one
     **options,                  # For `Predictor.from_folder`, both stages: device, checkpoint, step_size, mirror, ...
@@ -601,8 +620,11 @@ def from_folder(cls:CascadePredictor,
     before = _first_stage(Plans.load(model/'plans.json'), model.name) if model.name in Plans.load(model/'plans.json').configurations else '3d_lowres'
     first_model = model.parent/before if first_model is None else Path(first_model)
     if not (first_model/'plans.json').exists():
-        raise CascadeError('the first stage is not there', file=first_model, fix=f'train it (segnb train DATASET 0 -c {before}), or give its folder as first_model=')
-    return cls(*(Predictor.from_folder(m, folds=folds, **({'postprocess': rule} if (rule := _stored_rule(m, postprocess)) else {}), **options) for m in (first_model, model)))
+        raise CascadeError('the first stage is not there', file=first_model,
+                           fix=f'train it (segnb train DATASET 0 -c {before}), or give its folder as first_model=')
+    there = folds is None or any((first_model/f'fold_{f}').is_dir() for f in folds)
+    def load(m, folds): return Predictor.from_folder(m, folds=folds, **({'postprocess': rule} if (rule := _stored_rule(m, postprocess)) else {}), **options)
+    return cls(load(first_model, folds if there else None), load(model, folds))
 
 def _stored_rule(model, wanted):
     "The post-processing that is stored with a model, or None"

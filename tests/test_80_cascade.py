@@ -144,7 +144,14 @@ def lost_map(f): (f/'pre'/'3d_fullres'/'c0_previous.npy').unlink()
 def lost_summary(f): (f/'models'/'3d_lowres'/'fold_0'/'validation'/'summary.json').unlink()
 def other_weights(f): touch_weights(f, '3d_lowres', 0)
 def other_second_weights(f): touch_weights(f, '3d_cascade_fullres', 1)
+def damaged_weights(f): (f/'models'/'3d_lowres'/'fold_1'/'checkpoint_final.pt').write_bytes(b'no archive')
+def other_labels(f):
+    file = f/'pre'/'dataset.json'
+    write_json(read_json(file) | {'labels': {'background': 0, 'a new name': 1, 'core': 2, 'ignore': 3}}, file)
 def lost_training(f): shutil.rmtree(f/'models'/'3d_cascade_fullres'/'fold_0')
+def new_names(f):
+    file = f/'pre'/'dataset.json'
+    write_json(read_json(file) | {'labels': {'background': 0, 'sphere': 1, 'kernel': 2}}, file)
 def lost_case(f): (f/'pre'/'3d_lowres'/'c1.json').unlink()
 def new_split(f): save_splits([dict(train=['c0', 'c1'], val=['c2', 'c3']), dict(train=['c2', 'c3'], val=['c0', 'c1'])], f/'pre'/'splits.json')
 def other_plan(f):
@@ -165,6 +172,7 @@ def fold_of(folder, case): return next(k for k, part in enumerate(read_json(fold
 CHANGES = {
     lost_map: ({'maps': 'missing'}, 'c0'), lost_summary: ({'validate 3d_lowres fold 0': 'missing'}, 'no summary'), other_weights: ({'maps 3d_lowres fold 0': 'stale', 'validate 3d_lowres fold 0': 'stale'}, 'other weights'),
     other_second_weights: ({'validate 3d_cascade_fullres fold 1': 'stale'}, 'other weights'), lost_training: ({'train 3d_cascade_fullres fold 0': 'missing', 'validate 3d_cascade_fullres fold 0': 'missing'}, 'not trained'),
+    damaged_weights: ({'train 3d_lowres fold 1': 'stale'}, 'damaged'), other_labels: ({f'train {c} fold {k}': 'stale' for c in ('3d_lowres', '3d_cascade_fullres') for k in (0, 1)}, 'other labels'),
     lost_case: ({'preprocess 3d_lowres': 'missing'}, 'c1'), new_split: ({'train 3d_lowres fold 0': 'stale', 'train 3d_lowres fold 1': 'stale', 'train 3d_cascade_fullres fold 1': 'stale'}, 'another division'),
     other_plan: ({'train 3d_lowres fold 0': 'stale', 'train 3d_lowres fold 1': 'stale'}, 'another plan'), another_label: ({'preprocess 3d_fullres': 'stale', 'preprocess 3d_lowres': 'stale'}, 'c2')}
 
@@ -286,6 +294,36 @@ def test_a_time_is_foretold_from_what_was_measured(done):
     said = build(done)[1]
     assert any('of training' in line or 'about' in line for line in said)
 
+
+def test_a_new_name_of_a_class_trains_nothing_anew(done):
+    new_names(done)
+    assert not look(done).todo
+
+
+# ---- what is known without a list of cases --------------------------------------------------------------------------
+def test_a_description_without_a_list_of_cases_is_read_from_where_the_data_lie(tmp_path):
+    dataset = make_raw(tmp_path/'raw'/'Task009_Balls')
+    (tmp_path/'pre').mkdir()
+    make_plans(dataset).save(tmp_path/'pre'/'plans.json')
+    said = {k: v for k, v in read_json(dataset.folder/'dataset.json').items() if k != 'training'}
+    write_json(said | {'source': str(dataset.folder)}, tmp_path/'pre'/'dataset.json')
+    found = look(tmp_path)
+    assert found['preprocess 3d_lowres'].reason.startswith('4 of 4 cases') and len(found.todo) == len(found.states)
+    write_json(said, tmp_path/'pre'/'dataset.json') # nobody knows where the data lie
+    assert look(tmp_path)['preprocess 3d_lowres'].status == 'missing'
+    with pytest.raises(CascadeError, match='segnb preprocess DATASET -c 3d_lowres'): build(tmp_path)
+
+
+def test_folds_that_are_not_there_are_refused(built):
+    for wrong in (dict(folds=[7]), dict(first_folds=['2']), dict(folds=[]), dict(first_folds=[]), dict(folds=['x'])):
+        with pytest.raises(CascadeError, match='no fold'): look(built, **wrong)
+
+
+def test_a_first_stage_without_the_asked_fold_answers_with_all_of_its_own(done):
+    models = done/'models'
+    (models/'3d_cascade_fullres'/'fold_0').rename(models/'3d_cascade_fullres'/'fold_all')
+    cascade = CascadePredictor.from_folder(models/'3d_cascade_fullres', folds=['all'], mirror=False, device='cpu')
+    assert (len(cascade.first.networks), len(cascade.second.networks)) == (2, 1)
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
 def test_missing_things_are_named_with_the_command_that_makes_them(tmp_path, built):
