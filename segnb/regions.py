@@ -31,6 +31,7 @@ def _values(labels):
 def _members(labels, name, members):
     "The values of a region that was told by values or names, ascending"
     known, found = _values(labels), []
+    if members is None: raise RegionError(f'the region "{name}" names nothing', expected='some of ' + ', '.join(f'{n} ({v})' for n, v in known.items()))
     for m in [members] if isinstance(members, (str, int, np.integer)) else members:
         value = known.get(m, int(m) if isinstance(m, str) and m.isdigit() else m)
         if value not in known.values():
@@ -275,6 +276,7 @@ def from_brats(
 # %% ../nbs/81_regions.ipynb #90aebf5c
 def _brats_tables(labels, roles, values):
     "(values of the data set, values of BraTS), both with the background first"
+    if roles is None and labels is None: raise RegionError('which value is which part of the tumour is not known', fix='give labels=, or roles=')
     roles, values = roles or _brats_roles(labels), values or BRATS_VALUES
     for table, what in ((roles, 'roles'), (values, 'values')):
         numbers = [*table.values()]
@@ -338,6 +340,7 @@ def sparse_slices(
 )->np.ndarray:            # (Z, Y, X) uint8 or uint16
     "Keep one slice in `every` of an annotation and ignore the rest; raises `RegionError`"
     m = np.asarray(label_map)
+    if axis not in range(m.ndim): raise RegionError('there is no such axis', found=axis, expected=f'0 to {m.ndim - 1}')
     if not 1 <= every <= m.shape[axis]: raise RegionError('slices cannot lie so far apart', found=every, expected=f'1 to {m.shape[axis]}')
     keep = np.zeros(m.shape[axis], bool)
     keep[(every//2 if rng is None else int(rng.integers(every)))::every] = True
@@ -358,6 +361,7 @@ def sparse_scribbles(
     width:int=2,          # Of the pen, voxels
 )->np.ndarray:            # (Z, Y, X) uint8 or uint16
     "Keep a few strokes of each label, drawn within slices and never across a border, and ignore the rest"
+    if min(n, length, width) < 1: raise RegionError('such strokes leave nothing', found=f'n {n}, length {length}, width {width}', expected='1 at least, each')
     m, keep = np.asarray(label_map), np.zeros(np.shape(label_map), bool)
     pen = np.stack(np.mgrid[:width, :width], -1).reshape(-1, 2) - width//2
     for value in np.unique(m[m != ignore]):
@@ -418,7 +422,7 @@ def _sparse_job(job):
 
 # %% ../nbs/81_regions.ipynb #bed954be
 class AnnotatedLoader(PatchLoader):
-    "Draw patches as `PatchLoader`, but place the free ones around a voxel that somebody judged"
+    "Draw patches as `PatchLoader`, but place the free ones around a voxel that somebody judged; raises `RegionError` where there is none"
     ignore = None # Class index of the ignore label
     def _judged(self, name):
         "Up to 10000 judged voxels of a case inside the body, the same at every run; found once"
@@ -426,14 +430,18 @@ class AnnotatedLoader(PatchLoader):
         if name not in known:
             seg = np.asarray(self._open(name)[1][0])
             inside = np.flatnonzero((seg >= 0) & (seg != self.ignore))
+            if not len(inside):
+                raise RegionError('nobody has judged a voxel of this case at the spacing of the plan', case=name,
+                                  fix='plan at the spacing across the annotated slices (segnb plan --edit), or take the case out')
             chosen = keyed_rng(1234, 'judged').choice(inside, min(len(inside), 10000), replace=False)
             known[name] = np.stack(np.unravel_index(np.sort(chosen), seg.shape), 1).astype(np.int32)
         return known[name]
 
     def _place(self, name, shape, forced, rng):
         label, start = super()._place(name, shape, forced, rng)
-        if label is not None or self.ignore is None or not len(voxels := self._judged(name)): return label, start
-        flat, voxel = len(self.patch_size) == 2, voxels[int(rng.integers(len(voxels)))]
+        if label is not None or self.ignore is None: return label, start
+        flat, voxels = len(self.patch_size) == 2, self._judged(name)
+        voxel = voxels[int(rng.integers(len(voxels)))]
         lower, upper = patch_bounds(shape[1:] if flat else shape, self.patch_size, self.final_patch_size)
         around = start_around(voxel[1:] if flat else voxel, self.patch_size, lower, upper)
         return None, ((int(voxel[0]), *around) if flat else around)

@@ -278,6 +278,14 @@ def test_brats_there_and_back(tmp_path, regions):
     if regions: assert lost_labels(data.labels) == {} and region_order({n: [data.labels.values[k] for k in m] for n, m in data.labels.regions.items()}) == {'whole tumour': 2, 'tumour core': 1, 'enhancing': 4}
 
 
+@pytest.mark.parametrize('action, words', [
+    (lambda m: sparse_slices(m, 9, axis=3), 'no such axis'), (lambda m: sparse_slices(m, 9, every=0), 'so far apart'), (lambda m: sparse_slices(m, 9, every=99), 'so far apart'),
+    *((lambda m, k=k: sparse_scribbles(m, 9, np.random.default_rng(0), **{k: 0}), 'leave nothing') for k in ('n', 'length', 'width')),
+    (lambda m: to_brats(m), 'give labels=, or roles='), (lambda m: regions_from_classes(Labels.from_dict({'labels': {'background': 0, 'a': 2}}), {'whole': None}), 'names nothing')])
+def test_options_that_mean_nothing(action, words):
+    with pytest.raises(RegionError, match=words): action(np.ones((4, 6, 5), np.uint8))
+
+
 # sampling ---------------------------------------------------------------------------------------------------------
 class FakeCase:
     def __init__(self, seg, locations): self.data, self.seg, self.class_locations = np.zeros((1, *seg.shape), np.float32), seg, locations
@@ -296,7 +304,7 @@ def test_free_patches_show_something_judged(patch, seed):
     for i in range(30):
         sample = loader.cut('a', 0, np.random.default_rng([seed, i]))
         assert (sample.seg[0] == 0).sum() == 1 and sample.label is None
-        loader.cut('none', 0, np.random.default_rng([seed, i]))                                             # a case that nobody judged is drawn anywhere
+    with pytest.raises(RegionError, match='case none.*nobody has judged'): loader.cut('none', 0, rng)
     loader.ignore = None
     assert any((loader.cut('a', 0, np.random.default_rng([seed, i])).seg[0] == 0).sum() == 0 for i in range(30))
 
