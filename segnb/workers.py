@@ -440,7 +440,8 @@ def _answer(future):
     try: return future.result()
     except BaseException as e:
         if isinstance(e, (KeyboardInterrupt, SystemExit)): raise
-        return 'failed', f'{type(e).__name__}: {e}', ''.join(tracebacks.format_exception(e))
+        called_off = 'the cluster called it off: its scheduler ended, or the connection to it broke; ' if 'Cancelled' in type(e).__name__ else ''
+        return 'failed', f'{called_off}{type(e).__name__}: {e}', ''.join(tracebacks.format_exception(e))
 
 class _Pool:
     "Tasks in the hands of anything that has `submit`"
