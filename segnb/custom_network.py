@@ -261,6 +261,9 @@ def stored_source(
     return origin['source']
 
 # %% ../nbs/82_custom_network.ipynb #d6f95fcf
+# of MONAI's networks those for label maps; others would fetch weights from elsewhere if a model file asked them to
+_MONAI = ('DynUNet', 'UNet', 'SwinUNETR', 'SegResNet', 'UNETR', 'VNet', 'BasicUNet', 'AttentionUnet', 'HighResNet')
+
 def build_monai(
     configuration,              # Object with the plan's network keys
     in_channels:int,            # Channels of the image
@@ -272,8 +275,8 @@ def build_monai(
     "Build a network of MONAI with the numbers of the plan; raises `NetworkError` where MONAI or the network is missing"
     try: from monai.networks import nets
     except ImportError as error: raise NetworkError('MONAI is not installed', found=str(error), fix='pip install monai') from error
-    kind = getattr(nets, str(network), None)
-    if not isinstance(kind, type): raise NetworkError('MONAI has no such network', found=network, expected='DynUNet, UNet, SwinUNETR, SegResNet, ...')
+    kind = getattr(nets, network, None) if network in _MONAI else None
+    if not isinstance(kind, type): raise NetworkError('MONAI has no such network for label maps', found=network, expected=', '.join(_MONAI))
     axes, pools = len(configuration.patch_size), [tuple(s) for s in configuration.pool_op_kernel_sizes]
     from_plan = {'UNet': dict(channels=features_per_level(configuration), strides=pools, num_res_units=2),
                  'DynUNet': dict(kernel_size=[tuple(k) for k in configuration.conv_kernel_sizes], strides=[(1,) * axes, *pools],

@@ -26,7 +26,8 @@ class ExchangeError(SegnbError):
     "Say why a model cannot be handed on, or why a file is not trusted"
 
 FORMAT = 'segnb model 1'
-MOST = dict(members=4096, json=64 << 20, header=16 << 20, depth=64) # members, bytes of a text, bytes of a list of tensors, brackets in brackets
+# members, bytes of a text, values in it, bytes of a list of tensors, brackets in brackets
+MOST = dict(members=4096, json=64 << 20, values=4_000_000, header=16 << 20, depth=64)
 
 def _parse(raw, name, file):
     "The object in a JSON text that may be hostile"
@@ -35,11 +36,11 @@ def _parse(raw, name, file):
         found = dict(pairs)
         return found if len(found) == len(pairs) else refuse(f'the key {Counter(k for k, _ in pairs).most_common(1)[0][0]!r} twice')
     if len(raw) > MOST['json']: refuse(f'{len(raw)} bytes')
-    depth = deepest = 0
-    for bracket in re.findall(rb'[\[{}\]]', raw):
-        depth += 1 if bracket in b'[{' else -1
-        deepest = max(deepest, depth)
-    if deepest > MOST['depth']: refuse(f'{deepest} brackets within each other')
+    if sum(map(raw.count, (b',', b'[', b'{'))) > MOST['values']: refuse(f"more than {MOST['values']} values")
+    depth = 0
+    for bracket in re.finditer(rb'[\[{}\]]', raw):
+        depth += 1 if bracket[0] in b'[{' else -1
+        if depth > MOST['depth']: refuse(f"more than {MOST['depth']} brackets within each other")
     try:
         found = json.loads(raw.decode('utf-8'), object_pairs_hook=once)
         json.dumps(found, ensure_ascii=False).encode('utf-8')
@@ -126,6 +127,12 @@ def _checkpoints(folder, folds, checkpoint):
                             fix="train it, or export checkpoint='best' or 'latest'")
     return {fold: there[fold] for fold in wanted}
 
+def _put(archive, name, raw):
+    "Add a member whose bytes depend on nothing else: no date, no owner"
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    entry.create_system, entry.external_attr = 3, 0o100644 << 16
+    archive.writestr(entry, raw)
+
 # %% ../nbs/84_exchange.ipynb #fa4ff4a0
 # of a checkpoint: weights travel apart, the rest serves only to train on
 _LEFT_OUT = ('format', 'network', 'optimizer', 'scaler', 'schedule', 'callbacks', 'plans', 'pace')
@@ -162,13 +169,6 @@ def _manifest(places, listed, about):
         described = {'dataset': _folder_name(plans.dataset_name), 'cases': dataset.get('numTraining'), 'channels': list(plans.channels),
                      'labels': dataset.get('labels'), **known}
     return {'format': FORMAT, 'segnb_version': __version__, **about, 'trained_on': _private(described), 'configurations': models, 'members': listed}
-
-# %% ../nbs/84_exchange.ipynb #8e80d5d3
-def _put(archive, name, raw):
-    "Add a member whose bytes depend on nothing else: no date, no owner"
-    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-    entry.create_system, entry.external_attr = 3, 0o100644 << 16
-    archive.writestr(entry, raw)
 
 # %% ../nbs/84_exchange.ipynb #0f263a67
 def export_model(
@@ -336,7 +336,6 @@ class ModelCard:
 
     def _repr_html_(self): return '<table>' + ''.join(f'<tr><td>{html.escape(k)}</td><td>{html.escape(v)}</td></tr>' for k, v in self.rows()) + '</table>'
 
-# %% ../nbs/84_exchange.ipynb #a995054d
 def describe_model(
     file, # A file that `export_model` wrote
 )->ModelCard:
@@ -363,7 +362,18 @@ def _check_configuration(archive, name):
 _FACTORIES = {f'segnb.network:{f.__name__}': f for f in (build_network, build_unet, build_residual_unet)}
 _OPTIONS = {'norm': str, 'activation': str, 'convs_per_block': int, 'dropout': float, 'residual_decoder': bool}
 
-def _origins(meta): return [v for v in meta.values() if isinstance(v, dict) and {'kind', 'name'} <= v.keys()]
+_OWN = (*_FACTORIES, 'segnb.custom_network:build_swin_unet', 'segnb.custom_network:build_monai')
+
+# %% ../nbs/84_exchange.ipynb #2a28e7ad
+def _check_origin(origin, file):
+    "Refuse an origin of a network that is not as `network_origin` makes it, or that asks our own factories for too much"
+    def refuse(what): raise ExchangeError('checkpoint.json says strangely where its network comes from', file=file, found=str(what)[:200])
+    if not isinstance(origin, dict) or origin.get('kind') not in ('segnb', 'module', 'file', 'session') or not isinstance(origin.get('name'),
+        str): refuse(origin)
+    options = origin.get('options') or {}
+    if not isinstance(options, dict) or not isinstance(origin.get('lost') or [], list): refuse(options)
+    if origin['kind'] == 'segnb' and origin['name'] not in _OWN: refuse(origin['name'])
+    if large := [k for k, v in options.items() if isinstance(v, (int, float)) and not abs(v) <= 4096]: refuse(f'{large[0]}={options[large[0]]}')
 
 def _network_fits(plan, n_inputs, n_outputs, listed, size, file, build=build_network, **options):
     "{tensor: (shape, kind)} of the network of a plan, which is built only if weights of so many bytes can be its own"
@@ -378,13 +388,13 @@ def _network_fits(plan, n_inputs, n_outputs, listed, size, file, build=build_net
 
 def _expected(plans, name, labels, meta, listed, size, file):
     "{tensor: (shape, kind)} of the network; None: it is not one of ours, nothing is known"
-    origin = next(iter(_origins(meta)), None)
+    origin = meta.get('origin')
     known = origin['name'] if origin else f"segnb.network:{meta['settings'].get('network', 'build_network')}"
     if known not in _FACTORIES: return None
     options = {k: v for k, v in ((origin or {}).get('options') or {}).items() if k in _OPTIONS and isinstance(v, _OPTIONS[k])}
     return _network_fits(plans.configuration(name), plans.n_inputs(name), labels.n_outputs, listed, size, file, _FACTORIES[known], **options)
 
-# %% ../nbs/84_exchange.ipynb #2a28e7ad
+# %% ../nbs/84_exchange.ipynb #ad6207e5
 def _check_weights(weights, expected, name, file):
     "Refuse weights of other names, shapes or kinds than the network's, and numbers that are none"
     found = {k: (tuple(v.shape), v.dtype) for k, v in weights.items()}
@@ -403,13 +413,14 @@ def _state(archive, name, fold, prefix, plans, labels):
                             found=str([meta.get(k) for k in ('configuration', 'fold', 'plans_identity')])[:200])
     if type(meta.get('epoch')) is not int or not isinstance(meta.get('settings'), dict):
         raise ExchangeError(f'{at}checkpoint.json is not complete', file=file, expected='epoch and settings')
+    if meta.get('origin') is not None: _check_origin(meta['origin'], file)
     axes = meta.get('mirror_axes')
     if axes is not None and not (isinstance(axes, list) and all(type(a) is int and 0 <= a < plans.configuration(name).dimensions for a in axes)):
         raise ExchangeError(f'{at}checkpoint.json is damaged', file=file, found=f'mirror_axes {str(axes)[:100]}')
     weights = _read_weights(raw, f'{at}weights.safetensors', file)
     if name not in archive.expected: archive.expected[name] = _expected(plans, name, labels, meta, weights, len(raw), file)
     _check_weights(weights, archive.expected[name], f'{at}weights.safetensors', file)
-    for origin in _origins(meta): origin['foreign'] = True # code that it names runs only if the receiver says so
+    if meta.get('origin') is not None: meta['origin']['foreign'] = True # code that it names runs only if the receiver says so
     return {**meta, 'format': 'segnb checkpoint 1', 'plans': json.loads(json.dumps(plans.to_dict())), 'network': weights}
 
 # %% ../nbs/84_exchange.ipynb #a531618f
@@ -436,6 +447,17 @@ def _unpack(archive, folder):
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         write_json(archive.json(name), folder/name)
 
+# %% ../nbs/84_exchange.ipynb #eadae3c6
+def _free(out, overwrite, *sources):
+    "Refuse to make a folder where something is that may not be replaced"
+    if not (out.exists() or out.is_symlink()): return
+    if not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True (--overwrite)')
+    if out.is_symlink() or not any([*out.glob('plans.json'), *out.glob('*/plans.json')]):
+        raise ExchangeError('what is there is no model, it is not replaced', file=out, fix='give the folder of the model')
+    for source in map(Path, sources):
+        if out.resolve() in (source.resolve(), *source.resolve().parents):
+            raise ExchangeError('what is to be read lies in the folder that would be replaced', file=out, found=source, fix='give another folder')
+
 def _swap(part, out):
     "Put a finished folder in its place, the one that was there aside and then away"
     old = out.with_name(f'.{uuid4().hex[:12]}.{out.name}') if out.exists() else None
@@ -456,10 +478,7 @@ def import_model(
 )->Path:                  # The folder
     "Make an ordinary model folder of a model file, which is verified first; raises `ExchangeError`, and then nothing is written"
     out = Path(out)
-    if out.exists() or out.is_symlink():
-        if not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True (--overwrite)')
-        if out.is_symlink() or not any([*out.glob('plans.json'), *out.glob('*/plans.json')]):
-            raise ExchangeError('what is there is no model, it is not replaced', file=out, fix='give the folder of the model')
+    _free(out, overwrite, file)
     with _Archive(file) as archive:
         found = hashlib.sha256(archive.manifest_bytes).hexdigest()
         if digest is not None and digest.strip().lower() != found:
@@ -474,14 +493,20 @@ def import_model(
     return out
 
 # %% ../nbs/84_exchange.ipynb #f870e256
-import contextlib, pickletools, tempfile, warnings
+import contextlib, pickletools, reprlib, sys, tempfile, warnings
 import numpy as np
 from fastcore.basics import patch
 from .network import v1_key_map, v1_residual_key_map, v2_key_map
 from .planning import CONFIGURATIONS, Configuration
 from .postprocessing import Postprocessing
 
-_ROOM = dict(words=4_000_000, values=1_000_000, weights=8 << 30, ratio=200) # steps of a pickle, values it unfolds to, bytes of a checkpoint, and how much smaller an honest archive can have become
+# steps of a pickle, values it unfolds to, bytes that its calls make, bytes of a checkpoint, and how much smaller an honest archive can have become
+_ROOM = dict(words=4_000_000, values=1_000_000, made=256 << 20, weights=8 << 30, ratio=200)
+
+def _short(value):
+    "A few words about what a pickle made, which may unfold without end"
+    try: return str(value)[:200] if isinstance(value, (str, Exception)) else reprlib.repr(value)
+    except ValueError: return f'a {type(value).__name__}'
 
 class _Name(str):
     "A name that a pickle may mention; what it stands for is decided here"
@@ -489,7 +514,8 @@ class _Name(str):
 class _Dtype:
     "A kind of numbers, as numpy's pickles build it"
     def __init__(self, code, *flags):
-        if not isinstance(code, str) or not re.fullmatch(r'[bhilqBHILQefd?]|[biu][1248]|f[248]|[SU]\d{1,4}', code): raise ValueError(f'numbers of the kind {code!r}'[:60])
+        if not isinstance(code, str) or not re.fullmatch(r'[bhilqBHILQefd?]|[biu][1248]|f[248]|[SU]\d{1,4}',
+                                                         code): raise ValueError(f'numbers of the kind {_short(code)}')
         self.code, self.order = code, '='
 
     def set(self, state):
@@ -519,64 +545,84 @@ class _Tensor:
     size:tuple
     stride:tuple
 
-# %% ../nbs/84_exchange.ipynb #4849573c
 def _bytes(text, codec='latin1'):
     "Bytes that an old pickle wrote as a text"
-    if codec not in ('latin1', 'latin-1', 'bytes'): raise ValueError(f'the codec {codec!r}'[:60])
+    if codec not in ('latin1', 'latin-1', 'bytes'): raise ValueError(f'the codec {_short(codec)}')
+    if not isinstance(text, (str, bytes, bytearray)): raise ValueError(f'bytes made of {_short(text)}') # of a number they would be zeros without end
     return text.encode('latin1') if isinstance(text, str) else bytes(text)
+
+def _device(kind, index=''):
+    "The name of a device"
+    if not re.fullmatch(r'[a-z]{1,12}', kind) or type(index) not in (str, int): raise ValueError(f'the device {_short(kind)}')
+    return f'{kind}:{index}'[:20].rstrip(':')
 
 def _numbers(raw, dtype, shape, order='C'):
     "An array of bytes that are there"
     raw, dtype = _bytes(raw), dtype.real()
-    if not all(type(n) is int and n >= 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(raw): raise ValueError(f'{len(raw)} bytes for an array of {shape}'[:80])
+    if len(shape) > 32 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape) or math.prod(shape) * dtype.itemsize != len(raw):
+        raise ValueError(f'{len(raw)} bytes for an array of {_short(shape)}')
     return np.frombuffer(raw, dtype).reshape(shape, order=order).copy()
 
 def _tensor(storage, offset, size, stride, *_):
     if not isinstance(storage, _Storage): raise ValueError('a tensor without numbers')
-    return _Tensor(storage, offset, tuple(size), tuple(stride))
+    if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride) <= 8): raise ValueError('a tensor of an impossible shape')
+    return _Tensor(storage, offset, size, stride)
 
+# %% ../nbs/84_exchange.ipynb #4849573c
 def _key(value):
     "A value that a dictionary may have as its key: Python computes the hash of nested ones without a limit"
     parts = value if isinstance(value, tuple) else (value,)
-    if not all(type(v) in (str, int, float, bool, bytes, _Name, type(None)) for v in parts): raise ValueError(f'a {type(value).__name__} as a key')
+    if len(parts) > 16 or not all(type(v) in (str, int, float, bool, bytes, _Name, type(None)) for v in parts):
+        raise ValueError(f'a {type(value).__name__} as a key')
     return value
 
 def _dict(flat): return {_key(k): v for k, v in zip(flat[::2], flat[1::2], strict=True)}
 
-_KINDS = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16, 'Long': torch.int64, 'Int': torch.int32, 'Short': torch.int16,
+_KINDS = {'Float': torch.float32, 'Double': torch.float64, 'Half': torch.float16, 'BFloat16': torch.bfloat16, 'Long': torch.int64, 'Int': torch.int32,
+          'Short': torch.int16,
           'Char': torch.int8, 'Byte': torch.uint8, 'Bool': torch.bool}
 _MEANINGS = { # all that a model file may mention, and what we make of it
     'collections.OrderedDict': lambda pairs=(): {_key(k): v for k, v in pairs}, 'collections.defaultdict': lambda *_: {},
     'builtins.set': lambda values=(): set(map(_key, values)), 'builtins.frozenset': lambda values=(): frozenset(map(_key, values)),
-    '_codecs.encode': _bytes, **dict.fromkeys(('builtins.bytes', 'builtins.bytearray'), lambda raw=b'', codec='latin1': _bytes(raw, codec)), 'numpy.dtype': _Dtype, 'numpy.ndarray': None,
+    '_codecs.encode': _bytes, **dict.fromkeys(('builtins.bytes', 'builtins.bytearray'), lambda raw=b'', codec='latin1': _bytes(raw, codec)),
+    'numpy.dtype': _Dtype, 'numpy.ndarray': None,
     'numpy.core.multiarray._reconstruct': lambda *_: _Array(), 'numpy.core.multiarray.scalar': lambda dtype, raw: _numbers(raw, dtype, ()).item(),
     'numpy.core.numeric._frombuffer': lambda raw, dtype, shape, order: _numbers(raw, dtype, shape, order),
-    'torch._utils._rebuild_tensor_v2': _tensor, 'torch._utils._rebuild_parameter': lambda data, *_: data, 'torch.Size': tuple, 'torch.device': lambda *parts: ':'.join(map(str, parts)),
+    'torch._utils._rebuild_tensor_v2': _tensor, 'torch._utils._rebuild_parameter': lambda data, *_: data, 'torch.Size': tuple, 'torch.device': _device,
     **{f'torch.{kind}Storage': None for kind in _KINDS}}
 
-# %% ../nbs/84_exchange.ipynb #8178c4b4
-_VALUES = ('BININT', 'BININT1', 'BININT2', 'INT', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT', 'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'UNICODE', 'BINUNICODE',
+_VALUES = ('BININT', 'BININT1', 'BININT2', 'INT', 'LONG', 'LONG1', 'LONG4', 'FLOAT', 'BINFLOAT', 'STRING', 'BINSTRING', 'SHORT_BINSTRING', 'UNICODE',
+           'BINUNICODE',
            'SHORT_BINUNICODE', 'BINUNICODE8', 'BINBYTES', 'SHORT_BINBYTES', 'BINBYTES8', 'BYTEARRAY8')
 _FIXED = {'NONE': None, 'NEWTRUE': True, 'NEWFALSE': False, 'EMPTY_TUPLE': ()}
 _FRESH = {'EMPTY_LIST': list, 'EMPTY_DICT': dict, 'EMPTY_SET': set}
 _TIES = {'TUPLE': tuple, 'LIST': list, 'FROZENSET': lambda values: frozenset(map(_key, values)), 'DICT': _dict}
 
+# %% ../nbs/84_exchange.ipynb #8178c4b4
 class _Machine:
     "Run a pickle's words for values; refuse every name that is not in `_MEANINGS`, and every word that calls something else"
-    def __init__(self, file): self.file, self.memo, self.storages = file, {}, {}
+    def __init__(self, file): self.file, self.memo, self.storages, self.made = file, {}, {}, 0
 
     def refuse(self, what, found, fix=None):
-        raise ExchangeError(what, file=self.file, found=str(found)[:200], expected='numbers, texts, collections, numpy arrays and tensors', fix=fix)
+        raise ExchangeError(what, file=self.file, found=_short(found), expected='numbers, texts, collections, numpy arrays and tensors', fix=fix)
 
     def name(self, module, name):
         "Look a name up; the words of the machine that lead to it end here"
+        if not all(isinstance(part, str) and len(part) < 200 for part in (module, name)): self.refuse('the file asks for what has no name', (module, name))
         full = re.sub(r'^numpy\._core', 'numpy.core', re.sub('^__builtin__', 'builtins', f'{module}.{name}'))
-        if full not in _MEANINGS: self.refuse(f'the file asks for {full[:80]}, and nothing of it is run', full, 'do not open it with another program either, unless you trust who made it')
+        if full not in _MEANINGS: self.refuse(f'the file asks for {full[:80]}, and nothing of it is run', full,
+                                              'do not open it with another program either, unless you trust who made it')
         return _Name(full)
 
     def call(self, name, arguments):
         if not isinstance(name, _Name) or _MEANINGS[name] is None or not isinstance(arguments, tuple): self.refuse('the file calls what cannot be called', name)
-        return _MEANINGS[name](*arguments)
+        return self.counted(_MEANINGS[name](*arguments))
+
+    def counted(self, value):
+        "The value, if all calls together have not made more than a model needs: one text can be called a million times"
+        self.made += sys.getsizeof(value)
+        if self.made > _ROOM['made']: self.refuse('the file unfolds without end', f"more than {_ROOM['made']} bytes")
+        return value
 
     def pop_mark(self):
         last = self.stack
@@ -585,7 +631,8 @@ class _Machine:
 
     def storage(self, pid):
         "What stands for the numbers of a tensor"
-        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage' or not isinstance(pid[1], _Name) or type(pid[4]) is not int: self.refuse('a tensor that cannot be understood', pid)
+        if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != 'storage' or not isinstance(pid[1],
+            _Name) or type(pid[4]) is not int: self.refuse('a tensor that cannot be understood', pid)
         if len(pid) > 5 and pid[5] is not None: self.refuse('a tensor that lies in another one', pid)
         if pid[1][6:-7] not in _KINDS or not 0 <= pid[4] < 1 << 40: self.refuse('a tensor that cannot be understood', pid[1:5])
         return self.storages.setdefault(str(pid[2]), _Storage(pid[1][6:-7], str(pid[2]), pid[4]))
@@ -612,7 +659,8 @@ def _unfold(value, machine, depth=0, left=None):
     "The value with its arrays, if it is of a size that somebody can have meant: a short pickle can name one list a billion times"
     left = [_ROOM['values']] if left is None else left
     left[0] -= 1
-    if left[0] < 0 or depth > MOST['depth']: machine.refuse('the file unfolds without end', f"more than {_ROOM['values']} values, or {MOST['depth']} within each other")
+    if left[0] < 0 or depth > MOST['depth']: machine.refuse('the file unfolds without end',
+                                                            f"more than {_ROOM['values']} values, or {MOST['depth']} within each other")
     go = lambda v: _unfold(v, machine, depth + 1, left)
     if isinstance(value, dict): return {go(k): go(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)): return type(value)(map(go, value))
@@ -623,7 +671,9 @@ def _unfold(value, machine, depth=0, left=None):
 def step(self:_Machine, word, arg):
     "Take one step"
     s = self.stack
-    if word in _VALUES: s.append(arg)
+    if word in _VALUES:
+        if type(arg) is int and arg.bit_length() > 1024: raise ValueError(f'a number of {arg.bit_length()} bits')
+        s.append(arg)
     elif word in _FIXED: s.append(_FIXED[word])
     elif word in _FRESH: s.append(_FRESH[word]())
     elif word == 'MARK': self.below.append(s); self.stack = []
@@ -637,12 +687,14 @@ def step(self:_Machine, word, arg):
     elif word == 'DUP': s.append(s[-1])
     elif word == 'POP': s.pop() if s else self.pop_mark()
     elif word == 'POP_MARK': self.pop_mark()
-    elif word in ('GLOBAL', 'INST'): self.name(*arg.split(' ', 1)); s.append(self.name(*arg.split(' ', 1))) if word == 'GLOBAL' else self.refuse('the file makes an object', arg)
+    elif word in ('GLOBAL', 'INST'): self.name(*arg.split(' ', 1)); s.append(self.name(*arg.split(' ',
+        1))) if word == 'GLOBAL' else self.refuse('the file makes an object', arg)
     elif word == 'STACK_GLOBAL': name, module = s.pop(), s.pop(); s.append(self.name(module, name))
     elif word in ('REDUCE', 'NEWOBJ'): arguments, name = s.pop(), s.pop(); s.append(self.call(name, arguments))
     elif word == 'BINPERSID': s.append(self.storage(s.pop()))
     elif word not in ('PROTO', 'FRAME', 'STOP'): self.fill(word)
 
+# %% ../nbs/84_exchange.ipynb #d3462e49
 @patch
 def fill(self:_Machine, word):
     "Put values into the collection below them"
@@ -652,7 +704,7 @@ def fill(self:_Machine, word):
     else: self.refuse(f'the file uses a word that no model needs', word)
     target = self.stack[-1]
     if word == 'BUILD': # what a class remembers: for numbers their state, for a dictionary only notes
-        if isinstance(target, (_Dtype, _Array)): target.set(values[0])
+        if isinstance(target, (_Dtype, _Array)): target.set(values[0]); self.counted(getattr(target, 'value', None))
         elif not isinstance(target, dict): self.refuse('the file makes an object', target)
     elif word.startswith('APPEND') and type(target) is list: target.extend(values)
     elif word.startswith('SETITEM') and type(target) is dict: target.update(_dict(values))
@@ -666,7 +718,8 @@ def read_pickle(
     "Read a pickle without running any of it; raises `ExchangeError`, which names what the file asks for"
     file = Path(file)
     if not file.is_file(): raise ExchangeError('there is no such file', file=file)
-    if file.stat().st_size > MOST['json']: raise ExchangeError('the file is too long', file=file, found=f'{file.stat().st_size} bytes', expected=f"at most {MOST['json']}")
+    if file.stat().st_size > MOST['json']: raise ExchangeError('the file is too long', file=file, found=f'{file.stat().st_size} bytes',
+                                                               expected=f"at most {MOST['json']}")
     return _Machine(file).run(file.read_bytes())
 
 # %% ../nbs/84_exchange.ipynb #ea60b724
@@ -691,11 +744,13 @@ class _Weights:
         entries = self.zip.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries) or sum(e.file_size for e in entries) > size:
             self.machine.refuse('a checkpoint does not pack its numbers', f'{sum(e.file_size for e in entries)} bytes in a file of {size}')
-        if len({e.filename for e in entries}) < len(entries): self.machine.refuse('two members of one name', Counter(e.filename for e in entries).most_common(1)[0][0])
+        if len({e.filename for e in entries}) < len(entries): self.machine.refuse('two members of one name',
+            Counter(e.filename for e in entries).most_common(1)[0][0])
         inside = [e.filename[:-len('data.pkl')] for e in entries if re.fullmatch(r'[^/]+/data\.pkl', e.filename)]
         if len(inside) != 1: self.machine.refuse('this is no checkpoint of torch', f'{len(inside)} members data.pkl')
         self.at, names = inside[0], {e.filename for e in entries}
-        if f'{self.at}byteorder' in names and self.zip.read(f'{self.at}byteorder') != b'little': self.machine.refuse('numbers of another kind of machine', 'byteorder')
+        if f'{self.at}byteorder' in names and self.zip.read(f'{self.at}byteorder') != b'little':
+            self.machine.refuse('numbers of another kind of machine', 'byteorder')
         if self.zip.getinfo(f'{self.at}data.pkl').file_size > MOST['json']: self.machine.refuse('the file is too long', 'data.pkl')
         self.value = self.machine.run(self.zip.read(f'{self.at}data.pkl'))
 
@@ -708,7 +763,8 @@ def _open_old(self:_Weights, size):
     "The way of torch before 1.6: magic number, version, machine, object, names of the storages; then the numbers"
     self.handle.seek(0)
     first = [self.machine.run(self.handle) for _ in range(3)] if self.handle.read(1) == b'\x80' and not self.handle.seek(0) else [None]
-    if first[:2] != [0x1950a86a20f9469cfc6c, 1001] or not isinstance(first[2], dict): self.machine.refuse('this is no checkpoint of torch', 'neither an archive nor the magic number')
+    if first[:2] != [0x1950a86a20f9469cfc6c, 1001] or not isinstance(first[2], dict): self.machine.refuse('this is no checkpoint of torch',
+        'neither an archive nor the magic number')
     if first[2].get('little_endian') is not True: self.machine.refuse('numbers of another kind of machine', 'big endian')
     self.machine.memo = {}
     self.value = self.machine.run(self.handle)
@@ -727,7 +783,8 @@ def tensor(self:_Weights, t):
     "Read the numbers of one tensor"
     kind, s = _KINDS[t.storage.kind], t.storage
     sizes = [*t.size, *t.stride, t.offset]
-    if len(t.size) != len(t.stride) or len(t.size) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in sizes): self.machine.refuse('a tensor of an impossible shape', sizes)
+    if len(t.size) != len(t.stride) or len(t.size) > 8 or not all(type(n) is int and 0 <= n < 1 << 40
+                                                                  for n in sizes): self.machine.refuse('a tensor of an impossible shape', sizes)
     last = t.offset + sum((n - 1) * m for n, m in zip(t.size, t.stride)) if all(t.size) else -1
     if last >= s.count or math.prod(t.size) > s.count: self.machine.refuse('a tensor of more numbers than there are', f'{list(t.size)} of {s.count}')
     try:
@@ -739,7 +796,8 @@ def tensor(self:_Weights, t):
     return torch.frombuffer(bytearray(raw), dtype=kind).as_strided(t.size, t.stride, t.offset).clone()
 
 # %% ../nbs/84_exchange.ipynb #db361540
-_PIECES = re.compile(r'plans\.(pkl|json)|dataset\.json|postprocessing\.json|(fold_\d+|all|fold_all)/(model_(final_checkpoint|best|latest)\.model(\.pkl)?|checkpoint_(final|best|latest)\.pth)')
+_PIECES = re.compile(r'plans\.(pkl|json)|dataset\.json|postprocessing\.json|(fold_\d+|all|fold_all)/(model_(final_checkpoint|best'
+                     r'|latest)\.model(\.pkl)?|checkpoint_(final|best|latest)\.pth)')
 
 @contextlib.contextmanager
 def _opened(source, beside):
@@ -762,14 +820,17 @@ def _take_out(archive, folder, source):
     if len(entries) > 100_000: refuse('more than 100000 members', f'{len(entries)}')
     for e in entries:
         name = e.orig_filename
-        if not name or name != e.filename or re.search(r'[\x00-\x1f\\:*?"<>|]', name) or name.startswith('/') or {'', '.', '..'} & set(name.rstrip('/').split('/')): refuse('a name that leads elsewhere', name)
+        if not name or name != e.filename or re.search(r'[\x00-\x1f\\:*?"<>|]', name) or name.startswith('/') or {'', '.',
+            '..'} & set(name.rstrip('/').split('/')): refuse('a name that leads elsewhere', name)
         if name.casefold() in seen: refuse('the name of two members', name)
         seen.add(name.casefold())
         if e.external_attr >> 16 & 0o170000 not in (0, 0o100000, 0o040000): refuse('a link, not a file', name)
-        if e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED): refuse('it is encrypted, or packed in a way that is not read', name)
+        if e.flag_bits & 1 or e.compress_type not in (zipfile.ZIP_STORED,
+                                                      zipfile.ZIP_DEFLATED): refuse('it is encrypted, or packed in a way that is not read', name)
         most = _ROOM['weights'] if name.endswith(('.model', '.pth')) else MOST['json']
         found = re.search(f'(?:^|/)(?:{_PIECES.pattern})$', name)
-        if found and (e.file_size > most or e.file_size > _ROOM['ratio'] * max(e.compress_size, 1 << 12)): refuse(f'{e.file_size} bytes packed into {e.compress_size}', name)
+        if found and (e.file_size > most or e.file_size > _ROOM['ratio'] * max(e.compress_size,
+            1 << 12)): refuse(f'{e.file_size} bytes packed into {e.compress_size}', name)
         if found and not e.is_dir(): wanted.append(e)
     check_writable(folder, sum(e.file_size for e in wanted))
     for e in wanted: archive.extract(e, folder)
@@ -779,7 +840,8 @@ def _models(folder, marker, kind, source):
     "The folders of models in here: those with `marker` and checkpoints"
     found = [f.parent for depth in range(5) for f in sorted(folder.glob('*/' * depth + marker)) if next(f.parent.glob(kind), None)]
     if found: return found
-    raise ExchangeError('there is no model of nnU-Net here', file=source, expected=f'{marker} and {kind}', fix='give the folder that holds both, or an archive with it')
+    raise ExchangeError('there is no model of nnU-Net here', file=source, expected=f'{marker} and {kind}',
+                        fix='give the folder that holds both, or an archive with it')
 
 def _folds_of(folder, names, folds, source):
     "{fold: {kind: file}} of the checkpoints"
@@ -809,26 +871,51 @@ class _Official:
 
 # %% ../nbs/84_exchange.ipynb #c0a9efb0
 _V1_FILES = {'final': 'model_final_checkpoint.model', 'best': 'model_best.model', 'latest': 'model_latest.model'}
-_V1_REGIONS = {'labels': {'background': 0, 'whole tumor': [1, 2, 3], 'tumor core': [2, 3], 'enhancing tumor': 3}, 'regions_class_order': [1, 2, 3]} # of its BraTS trainers
-_V1_BLOCKS = {'_ReLU': dict(activation='relu'), '_Mish': dict(activation='mish'), '_GeLU': dict(activation='gelu'), '_BN': dict(norm='batch'), '_GN': dict(norm='group'), '_NoNormalization': dict(norm='none')}
-_V1_KNOWN = re.compile(r'nnUNetTrainer(V2)?(CascadeFullRes|BraTSRegions|_ResencUNet|_noMirroring|_DDP|_DP|_fp16|_fp32|_BN|_ReLU|_Mish|_GeLU|_GN|_NoNormalization|_insaneDA|_DA3|_DA5|_noDataAugmentation'
-                       r'|_Loss_\w+|_focalLoss|_SGD\w*|_Adam\w*|_Ranger\w*|_warmup|_momentum\w*|_cycleAtEnd|_fullEvals|_independentScalePerAxis|_noDeepSupervision|_softDeepSupervision|_\d*epochs|_Dice)*')
+_V1_REGIONS = {'labels': {'background': 0, 'whole tumor': [1, 2, 3], 'tumor core': [2, 3], 'enhancing tumor': 3},
+               'regions_class_order': [1, 2, 3]} # of its BraTS trainers
+_V1_BLOCKS = {'_ReLU': dict(activation='relu'), '_Mish': dict(activation='mish'), '_GeLU': dict(activation='gelu'), '_BN': dict(norm='batch'),
+              '_GN': dict(norm='group'), '_NoNormalization': dict(norm='none')}
+_V1_KNOWN = re.compile(r'nnUNetTrainer(V2)?(CascadeFullRes|BraTSRegions|_ResencUNet|_noMirroring|_DDP|_DP|_fp16|_fp32|_BN|_ReLU|_Mish|_GeLU|_GN'
+                       r'|_NoNormalization|_insaneDA|_DA3|_DA5|_noDataAugmentation'
+                       r'|_Loss_\w+|_focalLoss|_SGD\w*|_Adam\w*|_Ranger\w*|_warmup|_momentum\w*|_cycleAtEnd|_fullEvals|_independentScalePerAxis'
+                       r'|_noDeepSupervision|_softDeepSupervision|_\d*epochs|_Dice)*')
 
 def _v1_stage(p, name, trainer, residual, batch_dice, full, whole):
     "The fields of one network of a plan of v1"
     patch, per_axis = [int(n) for n in p['patch_size']], [int(n) for n in p['num_pool_per_axis']]
-    pools = [[int(k) for k in row] for row in p.get('pool_op_kernel_sizes') or [[2 if max(per_axis) - n <= i else 1 for n in per_axis] for i in range(max(per_axis))]] # oldest plans lack them
+    pools = [[int(k) for k in row] for row in p.get('pool_op_kernel_sizes') or [[2 if max(per_axis) - n <= i
+        else 1 for n in per_axis] for i in range(max(per_axis))]] # oldest plans lack them
     kernels = [[int(k) for k in row] for row in p.get('conv_kernel_sizes') or [[3] * len(patch)] * (len(pools) + 1)]
     fields = dict(name=name, patch_size=patch, batch_size=int(p['batch_size']), spacing=[float(s) for s in p['current_spacing']],
-                  median_shape=[max(1, int(n)) for n in p['median_patient_size_in_voxels']], num_pool_per_axis=per_axis, pool_op_kernel_sizes=pools, conv_kernel_sizes=kernels,
-                  do_dummy_2d_data_aug=bool(p['do_dummy_2D_data_aug']), base_num_features=full['base_num_features'], max_num_features=480 if len(patch) == 2 and not residual else 320,
-                  batch_dice=batch_dice, previous_stage='3d_lowres' if name == '3d_cascade_fullres' else None, previous_whole=whole and name == '3d_cascade_fullres')
+                  median_shape=[max(1, int(n)) for n in p['median_patient_size_in_voxels']], num_pool_per_axis=per_axis, pool_op_kernel_sizes=pools,
+                  conv_kernel_sizes=kernels,
+                  do_dummy_2d_data_aug=bool(p['do_dummy_2D_data_aug']), base_num_features=full['base_num_features'],
+                  max_num_features=480 if len(patch) == 2 and not residual else 320,
+                  batch_dice=batch_dice, previous_stage='3d_lowres' if name == '3d_cascade_fullres' else None,
+                  previous_whole=whole and name == '3d_cascade_fullres')
     options = {k: v for word, one in _V1_BLOCKS.items() if word in trainer for k, v in one.items()}
     if residual:
         if pools[0] != [1] * len(patch): raise ValueError('a residual network that halves at once')
         down, up = ([int(n) for n in p[f'num_blocks_{part}']] for part in ('encoder', 'decoder'))
         fields |= dict(pool_op_kernel_sizes=pools[1:], architecture='residual', blocks_per_stage_encoder=down, blocks_per_stage_decoder=up)
     return fields | {'network_options': options or None}
+
+# %% ../nbs/84_exchange.ipynb #40cae87e
+def _usual_preparation(name, source, *known):
+    if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source,
+                                                       found=str(name)[:100], expected=' or '.join(known))
+
+def _plausible(c, files, source):
+    "Refuse a plan whose network is larger than its checkpoint, before anything is built"
+    size = max(f.stat().st_size for kinds in files.values() for f in kinds.values())
+    blocks, least = sum(c.blocks_per_stage_encoder or ()) + sum(c.blocks_per_stage_decoder or ()), 4 * sum(n * n * math.prod(k) for n,
+        k in zip(c.features_per_stage, c.conv_kernel_sizes))
+    if max(least, 100 * blocks) > size: raise ExchangeError('the weights are too few for the network of the plan', file=source, found=f'{size} bytes',
+                                                            expected=f'at least {max(least, 100 * blocks)}')
+
+def _dataset_name(folder):
+    "TaskXXX_Name or DatasetXXX_Name, if a folder above is called so"
+    return next((p.name for p in (folder, *folder.parents) if re.fullmatch(r'(Task|Dataset)\d{3}_[\w-]+', p.name, re.ASCII)), '')
 
 # %% ../nbs/84_exchange.ipynb #26edad1e
 def _v1_configurations(info, p, residual, whole):
@@ -841,7 +928,8 @@ def _v1_configurations(info, p, residual, whole):
     if p.get('conv_per_stage', 2) != 2: raise ValueError(f"{p['conv_per_stage']} convolutions a stage, not 2"[:60])
     flat = len(stages[stage]['patch_size']) == 2
     name = '2d' if flat else '3d_cascade_fullres' if 'Cascade' in trainer else '3d_lowres' if two and stage == min(stages) else '3d_fullres'
-    places = {'2d': stage} if flat else {**({'3d_lowres': min(stages)} if two else {}), '3d_fullres': max(stages), **({'3d_cascade_fullres': max(stages)} if two else {})}
+    places = {'2d': stage} if flat else {**({'3d_lowres': min(stages)} if two else {}), '3d_fullres': max(stages),
+                                         **({'3d_cascade_fullres': max(stages)} if two else {})}
     if name not in places: raise ValueError(f'{trainer} with a plan of one stage'[:80])
     usual = {'2d': True, '3d_lowres': False, '3d_fullres': two, '3d_cascade_fullres': True} | {name: batch_dice}
     return name, {n: Configuration(**_v1_stage(stages[k], n, trainer, residual, usual[n], p, whole)) for n, k in places.items()}
@@ -863,15 +951,19 @@ def _v1_plans(p, name, configurations, labels, source):
         trace |= dict(n_cases=len(sizes), median_spacing=np.median(mm, 0).tolist(), median_shape=np.median(sizes * mm / target, 0).tolist(),
                       median_reduction=float(np.median([float(v) for v in (about.get('size_reductions') or {'': 1.}).values()])))
     schemes = [s if (s := p['normalization_schemes'][c]) in ('CT', 'CT2', 'noNorm') else 'nonCT' for c in range(n)]
-    return Plans(dataset_name=source['dataset'], planner=f"nnU-Net v1, {source['plans']}", memory_gb=8, channels=[str(p.get('modalities', {}).get(c, c)) for c in range(n)], labels=labels,
-                 original_spacing_target=target, transpose_forward=forward, transpose_backward=back, normalization_schemes=schemes, trace=trace, configurations=configurations,
+    return Plans(dataset_name=source['dataset'], planner=f"nnU-Net v1, {source['plans']}", memory_gb=8, channels=[str(p.get('modalities', {}).get(c,
+        c)) for c in range(n)], labels=labels,
+                 original_spacing_target=target, transpose_forward=forward, transpose_backward=back, normalization_schemes=schemes, trace=trace,
+                 configurations=configurations,
                  use_mask_for_norm=[bool(p['use_mask_for_norm'][c]) and schemes[c] not in ('CT', 'CT2') for c in range(n)], intensities=_v1_statistics(p))
 
 # %% ../nbs/84_exchange.ipynb #fe96eca0
 def _v1_labels(p, trainer, dataset, regions):
     "The part of dataset.json about labels: from the user, of a known trainer, or numbers for names"
-    if dataset is not None: return {k: v for k, v in (dataset if isinstance(dataset, dict) else read_json(dataset)).items() if k in ('labels', 'regions_class_order', 'name', 'licence', 'license', 'description', 'reference')}
-    if regions is not None: return {'labels': {'background': 0, **{k: list(v) for k, v in regions.items()}}, 'regions_class_order': [min(v) for v in regions.values()]}
+    if dataset is not None: return {k: v for k, v in (dataset if isinstance(dataset, dict) else read_json(dataset)).items() if k in ('labels',
+        'regions_class_order', 'name', 'licence', 'license', 'description', 'reference')}
+    if regions is not None: return {'labels': {'background': 0, **{k: list(v) for k, v in regions.items()}},
+                                    'regions_class_order': [min(v) for v in regions.values()]}
     if not 0 < int(p['num_classes']) <= 32767: raise ValueError(f"{p['num_classes']} classes")
     if 'BraTSRegions' in trainer and '_BN' not in trainer: return _V1_REGIONS
     return {'labels': {'0': 'background', **{str(i + 1): f'label {i + 1}' for i in range(int(p['num_classes']))}}}
@@ -889,40 +981,39 @@ def _v1_read(file, folder, dataset, regions, whole, source):
         if isinstance(error, SegnbError): raise
         raise ExchangeError('this is no plan of nnU-Net v1 that can be used', file=source, found=f'{type(error).__name__}: {error}'[:200]) from None
 
+# %% ../nbs/84_exchange.ipynb #652bc6a1
 def _v1_model(folder, source, folds, dataset, regions, whole):
     "Translate a folder of v1"
     found = _folds_of(folder, _V1_FILES, folds, source)
-    (p, plans, name, about, residual, said), *others = [_v1_read(next(iter(files.values())), folder, dataset, regions, whole, source) for files in found.values()]
+    (p, plans, name, about, residual, said), *others = [_v1_read(next(iter(files.values())), folder, dataset, regions, whole,
+                                                                 source) for files in found.values()]
     for fold, other in zip(list(found)[1:], others):
-        if other[2] != name or other[1].identity(name) != plans.identity(name): raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=other[2], fix='read the folds one by one: folds=...')
+        if other[2] != name or other[1].identity(name) != plans.identity(name):
+            raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=other[2],
+                                fix='read the folds one by one: folds=...')
     _usual_preparation(p.get('preprocessor_name'), source, 'GenericPreprocessor', 'PreprocessorFor2D')
-    if not _V1_KNOWN.fullmatch(said['trainer']): warnings.warn(f"{said['trainer'][:100]} is not among the trainers that are known: its network is taken for the usual one", ExchangeWarning, stacklevel=5)
+    if not _V1_KNOWN.fullmatch(said['trainer']):
+        warnings.warn(f"{said['trainer'][:100]} is not among the trainers that are known: its network is taken for the usual one",
+                      ExchangeWarning, stacklevel=5)
     c = plans.configuration(name)
     _plausible(c, found, source)
     norm = (c.network_options or {}).get('norm', 'instance')
     tensors = v1_residual_key_map(c, norm=norm) if residual else v1_key_map(len(c.pool_op_kernel_sizes), norm=norm)
     dataset = {'name': said['dataset'], **about, 'modality': {str(i): m for i, m in enumerate(plans.channels)}, 'numTraining': plans.trace.get('n_cases', 0)}
-    rule = Postprocessing.load(folder/'postprocessing.json') if (folder/'postprocessing.json').is_file() and _parse((folder/'postprocessing.json').read_bytes(), 'postprocessing.json', source) else None
+    if (forced := (p.get('segmentation_export_params') or {}).get('force_separate_z')) is not None:
+        warnings.warn(f'its answers were resampled with force_separate_z={forced}; segnb decides that by the spacing, and a few voxels may differ',
+                      ExchangeWarning, stacklevel=5)
+    rule = folder/'postprocessing.json'
+    rule = Postprocessing.load(rule) if rule.is_file() and _parse(rule.read_bytes(), rule.name, source) else None
     return _Official(plans, name, dataset, found, tensors, [] if 'noMirroring' in said['trainer'] else list(range(c.dimensions)), said, rule)
-
-# %% ../nbs/84_exchange.ipynb #40cae87e
-def _usual_preparation(name, source, *known):
-    if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source, found=str(name)[:100], expected=' or '.join(known))
-
-def _plausible(c, files, source):
-    "Refuse a plan whose network is larger than its checkpoint, before anything is built"
-    size = max(f.stat().st_size for kinds in files.values() for f in kinds.values())
-    blocks, least = sum(c.blocks_per_stage_encoder or ()) + sum(c.blocks_per_stage_decoder or ()), 4 * sum(n * n * math.prod(k) for n, k in zip(c.features_per_stage, c.conv_kernel_sizes))
-    if max(least, 100 * blocks) > size: raise ExchangeError('the weights are too few for the network of the plan', file=source, found=f'{size} bytes', expected=f'at least {max(least, 100 * blocks)}')
-
-def _dataset_name(folder):
-    "TaskXXX_Name or DatasetXXX_Name, if a folder above is called so"
-    return next((p.name for p in (folder, *folder.parents) if re.fullmatch(r'(Task|Dataset)\d{3}_[\w-]+', p.name, re.ASCII)), '')
 
 # %% ../nbs/84_exchange.ipynb #44ce8aa7
 _V2_FILES = {kind: f'checkpoint_{kind}.pth' for kind in ('final', 'best', 'latest')}
-_V2_SCHEMES = {'CTNormalization': 'CT', 'ZScoreNormalization': 'zscore_v2', 'NoNormalization': 'noNorm', 'RescaleTo01Normalization': 'rescale01', 'RGBTo01Normalization': 'rgb'}
-_V2_KNOWN = re.compile(r'nnUNetTrainer(_\d+(epochs?|iters?)|_?(NoMirroring|noMirroring)|NoDA|_?DA5\w*|Benchmark\w*|_?onlyMirror01\w*|DiceLoss\w*|DiceCE\w*|CELoss\w*|TopK\w*|Adam\w*|VanillaAdam\w*|DASegOrd0\w*|NoDeepSupervision|_?noDeepSupervision|BN|_probabilisticOversampling\w*|_?CosAnneal\w*|_?warmup\w*)*')
+_V2_SCHEMES = {'CTNormalization': 'CT', 'ZScoreNormalization': 'zscore_v2', 'NoNormalization': 'noNorm', 'RescaleTo01Normalization': 'rescale01',
+               'RGBTo01Normalization': 'rgb'}
+_V2_KNOWN = re.compile(r'nnUNetTrainer(_\d+(epochs?|iters?)|_?(NoMirroring|noMirroring)|NoDA|_?DA5\w*|Benchmark\w*|_?onlyMirror01\w*|DiceLoss\w*'
+                       r'|DiceCE\w*|CELoss\w*|TopK\w*|Adam\w*|VanillaAdam\w*|DASegOrd0\w*|NoDeepSupervision|_?noDeepSupervision|BN'
+                       r'|_probabilisticOversampling\w*|_?CosAnneal\w*|_?warmup\w*)*')
 
 def _one(where, found, *allowed):
     "The value, if segnb has it"
@@ -934,7 +1025,8 @@ def _v2_resampler(c, what):
     name, given = c[f'resampling_fn_{what}'], dict(c[f'resampling_fn_{what}_kwargs'])
     if name == 'no_resampling_hack': return {'function': 'none'}
     _one(f'is_seg of resampling_fn_{what}', given.pop('is_seg', False), what == 'seg')
-    threshold, spline = given.pop('separate_z_anisotropy_threshold', 3.), _one('resampling_fn_' + what, name, 'resample_data_or_seg_to_shape', 'resample_torch_fornnunet') == 'resample_data_or_seg_to_shape'
+    threshold, spline = given.pop('separate_z_anisotropy_threshold', 3.), _one('resampling_fn_' + what, name, 'resample_data_or_seg_to_shape',
+        'resample_torch_fornnunet') == 'resample_data_or_seg_to_shape'
     found = {'separate': given.pop('force_separate_z', False if spline else None), 'threshold': float(threshold)}
     if spline: found |= {'order': int(given.pop('order', 3)), 'order_z': int(given.pop('order_z', 0))}
     else:
@@ -953,8 +1045,10 @@ def _v2_architecture(c):
     if 'architecture' in c: return c['architecture']['network_class_name'].rpartition('.')[2], c['architecture']['arch_kwargs']
     down, most = c['n_conv_per_stage_encoder'], c['unet_max_num_features']
     name = c['UNet_class_name']
-    return name, {'n_stages': len(down), 'features_per_stage': [min(c['UNet_base_num_features'] * 2**i, most) for i in range(len(down))], 'kernel_sizes': c['conv_kernel_sizes'], 'conv_bias': True,
-                  'strides': c['pool_op_kernel_sizes'], 'n_conv_per_stage' if name == 'PlainConvUNet' else 'n_blocks_per_stage': down, 'n_conv_per_stage_decoder': c['n_conv_per_stage_decoder']}
+    return name, {'n_stages': len(down), 'features_per_stage': [min(c['UNet_base_num_features'] * 2**i, most) for i in range(len(down))],
+                  'kernel_sizes': c['conv_kernel_sizes'], 'conv_bias': True,
+                  'strides': c['pool_op_kernel_sizes'], 'n_conv_per_stage' if name == 'PlainConvUNet' else 'n_blocks_per_stage': down,
+                  'n_conv_per_stage_decoder': c['n_conv_per_stage_decoder']}
 
 def _v2_layers(k, trainer):
     "What of the blocks is not the usual: norm, eps, activation, bias"
@@ -973,7 +1067,9 @@ def _v2_fields(name, c, before, trainer):
     strides, features, patch = k['strides'], [int(f) for f in k['features_per_stage']], [int(n) for n in c['patch_size']]
     strides = [[s] * len(patch) if isinstance(s, int) else s for s in strides]
     kernels = [[s] * len(patch) if isinstance(s, int) else s for s in k['kernel_sizes']]
-    if any(s != 1 for s in strides[0]) or features != [min(features[0] * 2**i, features[-1]) for i in range(len(features))] or len(features) != len(strides): raise ValueError(f'stages of {features} features and strides {strides}'[:100])
+    if any(s != 1 for s in strides[0]) or features != [min(features[0] * 2**i, features[-1])
+                                                       for i in range(len(features))] or len(features) != len(strides):
+        raise ValueError(f'stages of {features} features and strides {strides}'[:100])
     for key in k.keys() & {'stem_channels', 'bottleneck_channels', 'squeeze_excitation', 'stochastic_depth_p', 'block'}:
         if k[key]: raise ValueError(f'{key} {k[key]}'[:100])
     flat, per_axis = len(patch) == 2, [sum(int(s[a]).bit_length() - 1 for s in strides) for a in range(len(patch))]
@@ -981,11 +1077,16 @@ def _v2_fields(name, c, before, trainer):
     row = lambda v, one: [float(x) for x in ([] if one is None else [one]) + list(v)]
     blocks = k.get('n_blocks_per_stage') if network == 'ResidualEncoderUNet' else k.get('n_conv_per_stage')
     each = lambda v, n: [int(v)] * n if isinstance(v, int) else [int(x) for x in v]
-    return dict(name=name, patch_size=patch, batch_size=int(c['batch_size']), spacing=row(c['spacing'], first[0]), median_shape=[max(1, round(n)) for n in row(c['median_image_size_in_voxels'], first[1])],
-                num_pool_per_axis=per_axis, pool_op_kernel_sizes=strides[1:], conv_kernel_sizes=kernels, do_dummy_2d_data_aug=not flat and max(patch) / patch[0] > 3,
-                base_num_features=features[0], max_num_features=features[-1], batch_dice=bool(c.get('batch_dice', flat)), previous_stage=c.get('previous_stage'),
-                architecture=_V2_NETWORKS[network], blocks_per_stage_encoder=each(blocks, len(features)), blocks_per_stage_decoder=each(k['n_conv_per_stage_decoder'], len(features) - 1),
-                normalize_first=True, resampling={what: _v2_resampler(c, what) for what in ('data', 'seg', 'probabilities')}, previous_like_seg=c.get('previous_stage') is not None,
+    return dict(name=name, patch_size=patch, batch_size=int(c['batch_size']), spacing=row(c['spacing'], first[0]),
+                median_shape=[max(1, round(n)) for n in row(c['median_image_size_in_voxels'], first[1])],
+                num_pool_per_axis=per_axis, pool_op_kernel_sizes=strides[1:], conv_kernel_sizes=kernels,
+                do_dummy_2d_data_aug=not flat and max(patch) / patch[0] > 3,
+                base_num_features=features[0], max_num_features=features[-1], batch_dice=bool(c.get('batch_dice', flat)),
+                previous_stage=c.get('previous_stage'),
+                architecture=_V2_NETWORKS[network], blocks_per_stage_encoder=each(blocks, len(features)),
+                blocks_per_stage_decoder=each(k['n_conv_per_stage_decoder'], len(features) - 1),
+                normalize_first=True, resampling={what: _v2_resampler(c, what) for what in ('data', 'seg', 'probabilities')},
+                previous_like_seg=c.get('previous_stage') is not None,
                 aggregate='logits_half', network_options=_v2_layers(k, trainer))
 
 # %% ../nbs/84_exchange.ipynb #e1e53b04
@@ -1013,12 +1114,14 @@ def _v2_plans(p, name, dataset, labels, trainer, source):
         except (SegnbError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error: left[n] = str(error)[:200]
     schemes = [_V2_SCHEMES[s] for s in ways(mine)[0]]
     about = p.get('foreground_intensity_properties_per_channel') or p.get('foreground_intensity_properties_by_modality') or {}
-    return Plans(dataset_name=source['dataset'], planner=f"nnU-Net v2, {source['plans']}", memory_gb=8, channels=[str(channels[str(i)]) for i in range(len(channels))], labels=labels,
+    return Plans(dataset_name=source['dataset'], planner=f"nnU-Net v2, {source['plans']}", memory_gb=8,
+                 channels=[str(channels[str(i)]) for i in range(len(channels))], labels=labels,
                  original_spacing_target=np.array(spacing)[back], transpose_forward=forward, transpose_backward=back, normalization_schemes=schemes,
                  use_mask_for_norm=[bool(m) and s == 'zscore_v2' for m, s in zip(ways(mine)[1], schemes, strict=True)],
                  intensities={int(c): {'sd' if k == 'std' else k: float(v) for k, v in s.items()} for c, s in about.items()} or None,
                  configurations={n: found[n] for n in (*(n for n in CONFIGURATIONS if n in found), *(n for n in found if n not in CONFIGURATIONS))},
-                 trace={'official': source, 'n_cases': int(dataset.get('numTraining') or 0), 'median_spacing': np.array(spacing)[back].tolist(), 'median_shape': np.array(shape)[back].tolist(), 'left_out': left})
+                 trace={'official': source, 'n_cases': int(dataset.get('numTraining') or 0), 'median_spacing': np.array(spacing)[back].tolist(),
+                        'median_shape': np.array(shape)[back].tolist(), 'left_out': left})
 
 # %% ../nbs/84_exchange.ipynb #8560cc88
 def _v2_model(folder, source, folds):
@@ -1037,8 +1140,11 @@ def _v2_model(folder, source, folds):
     except SegnbError: raise
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RecursionError) as error:
         raise ExchangeError('this is no plan of nnU-Net v2 that can be used', file=source, found=f'{type(error).__name__}: {error}'[:200]) from None
-    if not _V2_KNOWN.fullmatch(trainer): warnings.warn(f'{trainer[:100]} is not among the trainers that are known: its network is taken for that of the plan', ExchangeWarning, stacklevel=4)
-    if reader == 'NibabelIOWithReorient': warnings.warn('nnU-Net turned the images of this model to right, anterior, superior before it looked at them; turn yours the same way', ExchangeWarning, stacklevel=4)
+    if not _V2_KNOWN.fullmatch(trainer):
+        warnings.warn(f'{trainer[:100]} is not among the trainers that are known: its network is taken for that of the plan', ExchangeWarning, stacklevel=4)
+    if reader == 'NibabelIOWithReorient':
+        warnings.warn('nnU-Net turned the images of this model to right, anterior, superior before it looked at them; turn yours the same way',
+                      ExchangeWarning, stacklevel=4)
     _usual_preparation(_v2_configuration(p, name).get('preprocessor_name'), source, 'DefaultPreprocessor')
     _plausible(c, found, source)
     return _Official(plans, name, {'name': said['dataset'], **dataset}, found, v2_key_map(c), None, said)
@@ -1047,15 +1153,20 @@ def _v2_model(folder, source, folds):
 def _renamed(w, state, model, source):
     "The weights of a checkpoint under our names; tensors that have several names there are read once"
     if not isinstance(state, dict): raise ExchangeError('the checkpoint holds no weights', file=source, found=type(state).__name__)
-    found, where = {}, {}
+    found, where, left = {}, {}, os.fstat(w.handle.fileno()).st_size
     for name, tensor in state.items():
         plain = re.sub(r'^(module\.|_orig_mod\.)+', '', str(name))
         ours = model.tensors.get(plain)
-        if ours is None or not isinstance(tensor, _Tensor): raise ExchangeError('a tensor that the network of the plan does not have', file=source, found=plain[:100], expected=f'the names of {model.source["system"]}, as its usual trainers write them')
+        if ours is None or not isinstance(tensor, _Tensor): raise ExchangeError('a tensor that the network of the plan does not have', file=source,
+            found=plain[:100], expected=f'the names of {model.source["system"]}, as its usual trainers write them')
         if ours in found:
-            if where[ours] != tensor and not torch.equal(found[ours], w.tensor(tensor).to(found[ours].dtype)): raise ExchangeError('two names for one tensor, and two tensors', file=source, found=plain[:100])
+            if where[ours] != tensor and not torch.equal(found[ours],
+                                                         w.tensor(tensor).to(found[ours].dtype)):
+                raise ExchangeError('two names for one tensor, and two tensors', file=source, found=plain[:100])
             continue
         values = w.tensor(tensor)
+        left -= values.nbytes
+        if left < 0: raise ExchangeError('tensors of more numbers than the file holds', file=source, found=plain[:100]) # many names for one storage
         found[ours], where[ours] = values.float() if values.is_floating_point() else values, tensor
     return found
 
@@ -1063,7 +1174,8 @@ def _rows(state):
     "Losses of the training, epoch by epoch, where the checkpoint has them"
     plot, log = state.get('plot_stuff'), state.get('logging')
     log = log.get('local_logger', log) if isinstance(log, dict) else {}
-    columns = dict(zip(('train_loss', 'val_loss'), plot)) if isinstance(plot, (tuple, list)) else {'train_loss': log.get('train_losses'), 'val_loss': log.get('val_losses')}
+    columns = dict(zip(('train_loss', 'val_loss'), plot)) if isinstance(plot, (tuple, list)) else {'train_loss': log.get('train_losses'),
+        'val_loss': log.get('val_losses')}
     columns = {k: [v if type(v) is float and math.isfinite(v) else None for v in column] for k, column in columns.items() if isinstance(column, list)}
     return [{'epoch': i} | {k: v[i] for k, v in columns.items() if i < len(v)} for i in range(max(map(len, columns.values()), default=0))]
 
@@ -1080,11 +1192,17 @@ def _checkpoint(model, fold, file, source):
     _check_weights(weights, expected, f'{file.parent.name}/{file.name}', source)
     told = (state.get('init_args') or {}).get('configuration', c.name)
     if told != c.name: raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=str(told)[:100], expected=c.name)
-    axes, epoch = state.get('inference_allowed_mirroring_axes') or () if model.mirror_axes is None else model.mirror_axes, state.get('epoch', state.get('current_epoch'))
-    if not isinstance(axes, (list, tuple)) or not all(type(a) is int and 0 <= a < c.dimensions for a in axes): raise ExchangeError('mirror axes that the network does not have', file=source, found=str(axes)[:100])
-    return {'format': 'segnb checkpoint 1', 'segnb_version': __version__, 'configuration': c.name, 'fold': int(fold) if fold.isdigit() else fold, 'epoch': epoch if type(epoch) is int else 0,
-            'plans_identity': model.plans.identity(c.name), 'plans': json.loads(json.dumps(model.plans.to_dict())), 'settings': settings, 'train_cases': [], 'val_cases': [],
-            'network': weights, 'history': _rows(state), 'moving_dice': None, 'best_dice': None, 'mirror_axes': list(axes), 'elapsed': 0., 'official': model.source}
+    axes, epoch = state.get('inference_allowed_mirroring_axes') or () if model.mirror_axes is None else model.mirror_axes, state.get('epoch',
+        state.get('current_epoch'))
+    if not isinstance(axes, (list, tuple)) or not all(type(a) is int and 0 <= a < c.dimensions
+                                                      for a in axes): raise ExchangeError('mirror axes that the network does not have', file=source,
+                                                          found=str(axes)[:100])
+    return {'format': 'segnb checkpoint 1', 'segnb_version': __version__, 'configuration': c.name, 'fold': int(fold) if fold.isdigit() else fold,
+            'epoch': epoch if type(epoch) is int else 0,
+            'plans_identity': model.plans.identity(c.name), 'plans': json.loads(json.dumps(model.plans.to_dict())), 'settings': settings,
+            'train_cases': [], 'val_cases': [],
+            'network': weights, 'history': _rows(state), 'moving_dice': None, 'best_dice': None, 'mirror_axes': list(axes), 'elapsed': 0.,
+            'official': model.source}
 
 # %% ../nbs/84_exchange.ipynb #8c82b970
 def _write_official(model, folder, kinds, source):
@@ -1092,15 +1210,19 @@ def _write_official(model, folder, kinds, source):
     for fold, files in model.folds.items():
         place, digests = folder/f'fold_{fold}', {}
         place.mkdir(parents=True)
-        if not set(kinds) & set(files): raise ExchangeError('there is no such checkpoint', file=source, found=f"fold {fold}: {', '.join(files)}", expected=' or '.join(kinds))
+        if not set(kinds) & set(files): raise ExchangeError('there is no such checkpoint', file=source, found=f"fold {fold}: {', '.join(files)}",
+                                                            expected=' or '.join(kinds))
         for kind, file in files.items():
             if kind not in kinds: continue
             state = _checkpoint(model, fold, file, source)
             save_checkpoint(state, place/f'checkpoint_{kind}.pt')
-            with open(file, 'rb') as f: digests[f'{file.parent.name}/{file.name}'] = {'size': file.stat().st_size, 'sha256': hashlib.file_digest(f, 'sha256').hexdigest()}
+            with open(file, 'rb') as f: digests[f'{file.parent.name}/{file.name}'] = {'size': file.stat().st_size,
+                'sha256': hashlib.file_digest(f, 'sha256').hexdigest()}
         run = {'settings': state['settings'], 'software': {'trained by': f"{model.source['system']}, {model.source['trainer']}"}, 'hardware': {}}
-        write_json({'segnb_version': __version__, 'dataset': model.plans.dataset_name, 'configuration': model.configuration, 'fold': state['fold'], 'plans_identity': state['plans_identity'],
-                    'train_cases': [], 'val_cases': [], 'epochs_done': state['epoch'], 'official': model.source | {'files': digests}, 'runs': [run]}, place/'record.json')
+        write_json({'segnb_version': __version__, 'dataset': model.plans.dataset_name, 'configuration': model.configuration, 'fold': state['fold'],
+                    'plans_identity': state['plans_identity'],
+                    'train_cases': [], 'val_cases': [], 'epochs_done': state['epoch'], 'official': model.source | {'files': digests}, 'runs': [run]},
+                    place/'record.json')
     model.plans.save(folder/'plans.json')
     write_json(model.dataset, folder/'dataset.json')
     if model.postprocessing is not None: model.postprocessing.save(folder/'postprocessing.json')
@@ -1117,10 +1239,12 @@ def _convert(source, out, kinds, overwrite, models, marker, pattern, translate):
         places = _models(folder, marker, pattern, source)
         found = [translate(place) for place in places]
         if doubled := [n for n, k in Counter(m.configuration for m in found).items() if k > 1]:
-            raise ExchangeError(f'there are several models of {doubled[0]}', file=source, found=', '.join(str(p.relative_to(folder)) for p, m in zip(places, found) if m.configuration == doubled[0])[:300], fix='give the folder of one of them')
-        if out is None: out = source.with_name(f'{stem}_segnb') if models is None else beside/(re.sub(r'[^\w-]', '_', found[0].source['dataset'] or stem))/(found[0].configuration if len(found) == 1 else '')
+            raise ExchangeError(f'there are several models of {doubled[0]}', file=source, found=', '.join(str(p.relative_to(folder)) for p,
+                m in zip(places, found) if m.configuration == doubled[0])[:300], fix='give the folder of one of them')
+        if out is None: out = source.with_name(f'{stem}_segnb') if models is None else beside/(re.sub(r'[^\w-]', '_',
+            found[0].source['dataset'] or stem))/(found[0].configuration if len(found) == 1 else '')
         out = Path(out)
-        if (out.exists() or out.is_symlink()) and not overwrite: raise ExchangeError('there is something already', file=out, fix='give another folder, or overwrite=True')
+        _free(out, overwrite, source)
         check_writable(out.parent)
         part = out.with_name(f'.{uuid4().hex[:12]}.{out.name}')
         try:
@@ -1129,7 +1253,6 @@ def _convert(source, out, kinds, overwrite, models, marker, pattern, translate):
         finally: shutil.rmtree(part, ignore_errors=True)
     return out
 
-# %% ../nbs/84_exchange.ipynb #a830ffd9
 def load_nnunet_v1(
     folder,               # Folder of nnU-Net v1 with plans.pkl and fold_*, one above several of those, or a zip archive of either
     out=None,             # The folder to make; None: beside `folder`, with `_segnb` behind its name
@@ -1143,8 +1266,10 @@ def load_nnunet_v1(
     overwrite:bool=False, # Replace what is there
 )->Path:                  # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of a model that nnU-Net v1 trained, without running any of its code; raises `ExchangeError`, and then nothing is written"
-    return _convert(folder, out, checkpoints, overwrite, models, 'plans.pkl', '*/*.model', lambda place: _v1_model(place, folder, folds, dataset, regions, not repair))
+    return _convert(folder, out, checkpoints, overwrite, models, 'plans.pkl', '*/*.model', lambda place: _v1_model(place, folder, folds, dataset,
+        regions, not repair))
 
+# %% ../nbs/84_exchange.ipynb #a830ffd9
 def load_nnunet_v2(
     folder,               # Folder of nnU-Net v2 with plans.json, dataset.json and fold_*, one above several of those, or a zip archive of either
     out=None,             # The folder to make; None: beside `folder`, with `_segnb` behind its name
@@ -1164,7 +1289,9 @@ def load_nnunet(
 )->Path:       # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of an official model, v1's if it has a plans.pkl, else v2's; raises `ExchangeError`"
     folder = Path(folder)
-    try: names = [e.filename for e in zipfile.ZipFile(folder).infolist()] if folder.is_file() else [p.name for depth in range(5) for p in folder.glob('*/' * depth + 'plans.pkl')]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: raise ExchangeError('this is no archive, or it is damaged', file=folder, found=str(error)[:200]) from None
+    try: names = [e.filename for e in zipfile.ZipFile(folder).infolist()] if folder.is_file() else [p.name
+        for depth in range(5) for p in folder.glob('*/' * depth + 'plans.pkl')]
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: raise ExchangeError('this is no archive, or it is damaged',
+        file=folder, found=str(error)[:200]) from None
     first = any(n.rpartition('/')[2] == 'plans.pkl' for n in names)
     return (load_nnunet_v1 if first else load_nnunet_v2)(folder, out, **options)

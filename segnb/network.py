@@ -623,6 +623,7 @@ def _look_up(origin, folder):
         found = getattr(sys.modules['__main__'], inner, None) if where == '__main__' else None
         if callable(found) and network_origin(found)['digest'] == origin.get('digest'): return found
         raise _refusal(origin, 'its factory was made inside a session or another function, where nothing else can find it')
+    if kind not in ('module', 'file'): raise _refusal(origin, f'it does not say what kind of code that is: {kind!r}')
     if kind == 'module' and where.split('.')[0] in sys.stdlib_module_names: raise _refusal(origin, f'{where} is a part of Python')
     places, looked = [(f'{where}:{inner}', _place_of(where) if kind == 'module' else file)], []
     if kind == 'module' and file and '.' not in where: places.append((f'{file}:{inner}', file)) # a single file that was on the path then

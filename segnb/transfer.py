@@ -385,10 +385,18 @@ class Pretrained:
         **options,        # For `load_pretrained`: fold, checkpoint, rename, new_channels, ...
     ): self.source, self.options, self.asked, self.transfer, self.done = source, options, asked or {}, None, {}
 
+    def load_into(self, network, trainer):
+        "Fill a network for this training; the table"
+        ours = {'channels': input_names(trainer.plans, trainer.configuration, trainer.labels), 'labels': trainer.labels}
+        return load_pretrained(network, self.source, **ours | self.options)
+
+    def check(self, trainer):
+        "Try the start on a copy, before anything of an earlier training is removed"
+        self.load_into(copy.deepcopy(trainer.net), trainer)
+
     def on_start(self, trainer):
         if trainer.epoch > 0: return
-        ours = {'channels': input_names(trainer.plans, trainer.configuration, trainer.labels), 'labels': trainer.labels}
-        self.transfer = load_pretrained(trainer.net, self.source, **ours | self.options)
+        self.transfer = self.load_into(trainer.net, trainer)
         self.done = {'source': self.transfer.source, 'digest': self.transfer.digest}
         if not trainer.world.main: return
         file = trainer.folder/'record.json'

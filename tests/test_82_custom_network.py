@@ -282,7 +282,7 @@ def test_a_module_on_the_path_and_beside_it(task, tmp_path, monkeypatch):
 
 HOSTILE = [dict(kind='module', name='os:system'), dict(kind='module', name='subprocess:run', options={'shell': True}), dict(kind='module', name='builtins:exec'), dict(kind='segnb', name='os:system'),
            dict(kind='segnb', name='segnb.workers:write_json'), dict(kind='segnb', name='segnb.workers:build_'), dict(kind='segnb', name='segnb.network:build_network.__globals__'),
-           dict(kind='session', name='__main__:exit'), dict(kind='session', name='os:system'), dict(kind='file', name='nothing'), dict(kind=None, name=None), dict(), dict(kind='magic', name='a:b'),
+           dict(kind='session', name='__main__:exit'), dict(kind='session', name='os:system'), dict(kind='file', name='nothing'), dict(kind=None, name=None), dict(), dict(kind='magic', name='a:b'), dict(kind=None, name='json:loads'), dict(kind='magic', name='json:loads'),
            dict(kind='segnb', name='segnb.network:build_unet', options={'activation': {'torch.nn': 'Module.__init__'}}), dict(kind='segnb', name='segnb.network:build_unet', options={'norm': {'torch.nn': 'init'}})]
 
 @pytest.mark.parametrize('origin', HOSTILE, ids=lambda o: f"{o.get('kind')}-{o.get('name')}")

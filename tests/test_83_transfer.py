@@ -325,3 +325,13 @@ def test_groups_in_one_text(text, rates):
 @pytest.mark.parametrize('text', ['sgd encoder', 'sgd encoder=x', 'sgd nothing=1', 'lion encoder=1', 'encoder=1'])
 def test_groups_that_cannot_be_read(text):
     with pytest.raises(TrainingError): make_optimizer(net(1, 2), name=text)
+
+
+def test_a_start_that_cannot_be_is_seen_on_a_copy(two, tmp_path):
+    "What a training asks before it removes an earlier one; the network stays as it is"
+    torch.save({'another.weight': torch.zeros(3)}, tmp_path/'w.pt')
+    trainer = Trainer(two.target, tmp_path/'m', fold=0, **QUICK)
+    before = {k: v.clone() for k, v in trainer.net.state_dict().items()}
+    with pytest.raises(TransferError, match='no weight of the source fits'): Pretrained(tmp_path/'w.pt').check(trainer)
+    Pretrained(two.source).check(trainer)
+    assert all(torch.equal(v, before[k]) for k, v in trainer.net.state_dict().items())

@@ -178,10 +178,10 @@ def test_case_names_in_scores_are_numbered(task, tmp_path):
 
 def test_a_network_of_its_own_is_marked_as_foreign(tmp_path):
     origin = {'kind': 'module', 'name': 'somewhere:build', 'file': None, 'digest': 'ab', 'source': 'def build(): ...', 'package': None, 'options': {}, 'lost': []}
-    model = a_model(tmp_path/'home'/'3d_fullres', plans_of(a_plan()), '3d_fullres', DATASET, settings={'network': 'build'}, network_origin=origin)
+    model = a_model(tmp_path/'home'/'3d_fullres', plans_of(a_plan()), '3d_fullres', DATASET, settings={'network': 'build'}, origin=origin)
     export_model(model, tmp_path/'m.segnb')
     state = load_checkpoint(import_model(tmp_path/'m.segnb', tmp_path/'3d_fullres')/'fold_0'/'checkpoint_final.pt')
-    assert state['network_origin'] == origin | {'foreign': True}
+    assert state['origin'] == origin | {'foreign': True}
 
 
 # --- refusals at home
@@ -421,3 +421,20 @@ def test_a_killed_import_leaves_no_model(tiny, tmp_path):
     done = subprocess.run([sys.executable, '-c', code, str(tiny.file), str(tmp_path/'3d_fullres')], env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 9 and not (tmp_path/'3d_fullres').exists()
     assert import_model(tiny.file, tmp_path/'3d_fullres').is_dir()
+
+
+ORIGIN = dict(kind='module', name='nets_84:build', file=None, digest='ab', source='x', package=None, options={}, lost=[])
+STRANGE = {'no kind': {'name': 'nets_84:build'}, 'a kind of its own': ORIGIN | {'kind': 'magic'}, 'a list': [ORIGIN], 'a text': 'nets_84:build', 'no name': ORIGIN | {'name': 3}, 'options that are none': ORIGIN | {'options': [1]},
+           'a helper of segnb': ORIGIN | {'kind': 'segnb', 'name': 'segnb.workers:write_json'}, 'a part of a factory': ORIGIN | {'kind': 'segnb', 'name': 'segnb.network:build_network.__class__'},
+           'a billion blocks': ORIGIN | {'kind': 'segnb', 'name': 'segnb.custom_network:build_swin_unet', 'options': {'blocks': 10**9}}}
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_strange_origins_are_refused(tiny, tmp_path, monkeypatch, kind):
+    "A module that the receiver has is not run because a file names it"
+    (tmp_path/'nets_84.py').write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nfrom segnb.network import build_network as build\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    name = next(n for n in tiny.members if n.endswith('checkpoint.json'))
+    told = json.dumps(json.loads(tiny.members[name]) | {'origin': STRANGE[kind]}).encode()
+    (tmp_path/'b.segnb').write_bytes(packed(honest({**tiny.members, name: told})))
+    with pytest.raises(ExchangeError, match='strangely where its network'): import_model(tmp_path/'b.segnb', tmp_path/'out')
+    assert not (tmp_path/'out').exists() and not (tmp_path/'ran').exists()

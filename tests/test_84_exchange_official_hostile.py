@@ -308,3 +308,71 @@ def test_the_honest_ones_pass(model, tmp_path):
             file = next(folder.glob('fold_0/*.model' if i == 0 else 'fold_0/*.pth'))
             rewritten(file, lambda *_: None, _use_new_zipfile_serialization=new)
             load_nnunet(folder, tmp_path/f'out{i}', overwrite=True)
+
+
+# ---- small files that grow in memory, or while they are talked about
+def _text(t): return b'X' + len(t.encode()).to_bytes(4, 'little') + t.encode()
+def _long(n): return b'\x8b' + n.to_bytes(4, 'little') + b'\x7f'*n
+
+GROWING = {
+    'a device twice as long each time': (_text('x'*1000) + b'q\x00' + b'0ctorch\ndevice\n(h\x00h\x00tRq\x00'*40 + b'.', 'the device'),
+    'zeros by their number': (b'c__builtin__\nbytes\n(J\xff\xff\xff\x7ftR.', 'bytes made of'), 'zeros by a long number': (b'c__builtin__\nbytearray\n(\x8a\x05\0\0\0\0\x08tR.', 'bytes made of'),
+    'an array of a number': (b'cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(S"u1"\ntRJ\xff\xff\xff\x7ftR.', 'bytes made of'),
+    'one text, encoded again and again': (_text('é'*100_000) + b'q\x000](' + b'c_codecs\nencode\n(h\x00S"latin1"\ntR'*4000 + b'e.', 'unfolds without end'),
+    'one list, a set again and again': (b'(' + b''.join(b'K%c' % i for i in range(256)) + b'lq\x000](' + b'cbuiltins\nset\n(h\x00tR'*20000 + b'e.', 'unfolds without end'),
+    'laughs that are called': (laughs() [:-1] + b'(tR.', 'calls what cannot be called'), 'laughs as a tensor': (b'(S"storage"\n' + laughs()[:-1] + b'K\x01K\x01K\x01tQ.', 'cannot be understood'),
+    'laughs as a codec': (b'c_codecs\nencode\n(S"x"\n' + laughs()[:-1] + b'tR.', 'the codec'), 'laughs as numbers': (b'cnumpy\ndtype\n(' + laughs()[:-1] + b'tR.', 'numbers of the kind'),
+    'laughs as a shape': (b'cnumpy._core.numeric\n_frombuffer\n(C\x04abcdcnumpy\ndtype\n(S"f8"\ntR' + laughs()[:-1] + b'S"C"\ntR.', '4 bytes for an array'),
+    'laughs with a state': (laughs()[:-1] + b'Nb.', 'makes an object'), 'laughs as a module': (laughs()[:-1] + _text('x') + b'\x93.', 'has no name'),
+    'a module of a million letters': (_text('a'*1_000_000) + _text('x') + b'\x93.', 'has no name'), 'a shape of millions of digits': (_long(1 << 20)*2 + b'0.', 'bits'),
+    'a key of millions of digits': (b'}' + _long(1 << 20) + b'Ns.', 'bits'), 'a key of many values': (b'}(' + b'N'*100 + b'tNs.', 'a tuple as a key'),
+    'a buffer from outside': (b'\x80\x05\x97.', 'a word that no model needs'), 'frozen sets in frozen sets': (b'\x80\x04' + b'('*100000 + b'\x91'*100000 + b'.', 'a frozenset as a key')}
+
+
+@pytest.mark.parametrize('name', GROWING)
+def test_small_files_stay_small(guarded, monkeypatch, name):
+    import tracemalloc
+    import segnb.exchange as exchange
+    monkeypatch.setitem(exchange._ROOM, 'made', 8 << 20)
+    raw, words = GROWING[name]
+    (guarded/'plans.pkl').write_bytes(raw)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExchangeError, match=words): read_pickle(guarded/'plans.pkl')
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally: tracemalloc.stop()
+
+
+def test_texts_of_many_values(model, monkeypatch):
+    import segnb.exchange as exchange
+    monkeypatch.setitem(exchange.MOST, 'values', 1000)
+    folder = model('v2_2d')
+    (folder/'plans.json').write_text(json.dumps({'a': [[]]*2000}))
+    refused(folder, 'more than 1000 values')
+
+
+def test_many_names_for_one_storage(model):
+    "Each tensor would be a copy of the one storage"
+    folder = model('v1_2d')
+    def alike(state, w):
+        large = torch.zeros(max(v.numel() for v in w.values())*2)
+        for k in w: w[k] = large
+    rewritten(folder/'fold_0'/'model_final_checkpoint.model', alike)
+    refused(folder, 'more numbers than the file holds')
+
+
+def test_what_is_no_model_is_not_replaced(model, tmp_path):
+    "overwrite=True replaces a model, not the folder of something else, and never the source itself"
+    folder = model('v2_2d')
+    letters = tmp_path/'letters'
+    letters.mkdir()
+    (letters/'letter.txt').write_text('dear')
+    for out, words in ((letters, 'no model, it is not replaced'), (folder, 'lies in the folder that would be replaced'), (folder.parent, 'would be replaced')):
+        with pytest.raises(ExchangeError, match=words): load_nnunet(folder, out, overwrite=True)
+    assert (letters/'letter.txt').exists() and (folder/'plans.json').exists()
+
+
+def test_forced_separate_resampling_is_said(model, tmp_path):
+    folder = model('v1_2d')
+    plans_v1(lambda i: i['plans'].update(segmentation_export_params={'force_separate_z': True, 'interpolation_order': 1, 'interpolation_order_z': 0}))(folder)
+    with pytest.warns(UserWarning, match='force_separate_z=True'): load_nnunet(folder, tmp_path/'out')
