@@ -276,7 +276,8 @@ def from_brats(
 # %% ../nbs/81_regions.ipynb #90aebf5c
 def _brats_tables(labels, roles, values):
     "(values of the data set, values of BraTS), both with the background first"
-    if roles is None and labels is None: raise RegionError('which value is which part of the tumour is not known', fix='give labels=, or roles=')
+    if roles is None and labels is None:
+        raise RegionError('which value is which part of the tumour is not known', fix='give the dataset.json (labels=, --labels), or roles=')
     roles, values = roles or _brats_roles(labels), values or BRATS_VALUES
     for table, what in ((roles, 'roles'), (values, 'values')):
         numbers = [*table.values()]
@@ -318,7 +319,7 @@ def _labels_near(folder):
     folder = Path(folder).resolve()
     for place in (folder, *list(folder.parents)[:3]):
         if (place/'dataset.json').is_file(): return Labels.from_dict(read_json(place/'dataset.json'), place/'dataset.json')
-    raise RegionError('the labels are not known', file=folder, expected='a dataset.json there or above', fix='give labels=, or roles=')
+    raise RegionError('the labels are not known', file=folder, expected='a dataset.json there or above', fix='give it (labels=, --labels), or roles=')
 
 def _export_job(job):
     "Translate one file"

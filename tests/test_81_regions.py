@@ -281,7 +281,7 @@ def test_brats_there_and_back(tmp_path, regions):
 @pytest.mark.parametrize('action, words', [
     (lambda m: sparse_slices(m, 9, axis=3), 'no such axis'), (lambda m: sparse_slices(m, 9, every=0), 'so far apart'), (lambda m: sparse_slices(m, 9, every=99), 'so far apart'),
     *((lambda m, k=k: sparse_scribbles(m, 9, np.random.default_rng(0), **{k: 0}), 'leave nothing') for k in ('n', 'length', 'width')),
-    (lambda m: to_brats(m), 'give labels=, or roles='), (lambda m: regions_from_classes(Labels.from_dict({'labels': {'background': 0, 'a': 2}}), {'whole': None}), 'names nothing')])
+    (lambda m: to_brats(m), '--labels'), (lambda m: regions_from_classes(Labels.from_dict({'labels': {'background': 0, 'a': 2}}), {'whole': None}), 'names nothing')])
 def test_options_that_mean_nothing(action, words):
     with pytest.raises(RegionError, match=words): action(np.ones((4, 6, 5), np.uint8))
 
