@@ -86,10 +86,12 @@ def stretch(
 def coarse_axis(
     spacing, # mm of one grid
     other,   # mm of the other, same axes
+    how,     # `prepare` or `back` of pipeline.json
 ):           # 0, 1, 2 or None
-    "Find the axis that is resampled by itself: more than three times coarser than the finest"
+    "Find the axis that is resampled by itself: more than three times coarser than the finest, where the plan says nothing else"
+    if how['separate'] is False: return None
     for mm in (spacing, other):
-        if max(mm)/min(mm) > 3: return list(mm).index(max(mm)) if list(mm).count(max(mm)) == 1 else None
+        if how['separate'] or max(mm)/min(mm) > how['threshold']: return list(mm).index(max(mm)) if list(mm).count(max(mm)) == 1 else None
 
 
 def resample(
@@ -137,6 +139,11 @@ def normalize(
     kind, known = how['scheme'], how['statistics']
     if kind == 'noNorm': return channel
     if kind == 'rgb': return channel/np.float32(255)
+    if kind == 'zscore_v2':
+        inside = channel if body is None else channel[body]
+        if not inside.size: return channel
+        new = (channel - inside.mean())/max(inside.std(), np.float32(1e-8))*(inside.min() != inside.max())
+        return new if body is None else np.where(body, new, channel)
     if kind == 'rescale01': return (channel - channel.min())/max(np.ptp(channel), np.float32(1e-8))
     if kind == 'nonCT':
         inside = channel if body is None else channel[body]
@@ -162,10 +169,11 @@ def prepare(
     inside = inside.transpose(0, *(a + 1 for a in forward))
     old = [float(spacing[a]) for a in forward]
     new = [mm if mm is not None else old[a] for a, mm in enumerate(how['spacing'])] # a 2D network leaves the distance of slices
-    shape, axis = [int(n) for n in np.round(np.divide(old, new)*inside.shape[1:])], coarse_axis(old, new)
+    shape, axis = [int(n) for n in np.round(np.divide(old, new)*inside.shape[1:])], coarse_axis(old, new, how)
+    scale = lambda image, body: np.stack([normalize(c, n, body if n['mask'] else None) for c, n in zip(image, how['normalization'])])
+    if how['normalize_first']: inside = scale(inside, body) # as nnU-Net v2 does
     ready = np.stack([resample(c, shape, how['order'], how['order_z'], axis) for c in inside])
-    if body is not None: body = vote(body.astype(np.uint8), shape, axis) > 0
-    ready = np.stack([normalize(c, n, body if n['mask'] else None) for c, n in zip(ready, how['normalization'])])
+    if not how['normalize_first']: ready = scale(ready, None if body is None else vote(body.astype(np.uint8), shape, axis) > 0)
     return ready, dict(box=box, shape=image.shape[1:], old=[float(mm) for mm in spacing], new=new, forward=forward)
 
 # %% ../nbs/86_deployment.ipynb #40e67ea5
@@ -182,6 +190,7 @@ def window_starts(
 def centre_weights(
     patch, # (Z, Y, X) of the window
     scale, # Width of the Gaussian as a fraction of the window
+    half=False, # In half precision, at most 10, as nnU-Net v2 has them
 ):
     "Trust the centre of a window more than its edge"
     weights = np.ones(())
@@ -189,7 +198,7 @@ def centre_weights(
         away = np.arange(n) - n//2
         line = np.exp(-.5*(away/(n*scale))**2)*(np.abs(away) <= int(4*n*scale + .5))
         weights = np.multiply.outer(weights, line)
-    weights = (weights/weights.max()).astype(np.float32)
+    weights = (10*weights/weights.max()).astype(np.float16) if half else (weights/weights.max()).astype(np.float32)
     return np.where(weights > 0, weights, weights[weights > 0].min())
 
 
@@ -203,32 +212,50 @@ def squash(
     return p/p.sum(1, keepdims=True)
 
 # %% ../nbs/86_deployment.ipynb #ee047ecc
-def slide(
-    networks, # Functions (B, C, *patch) -> logits (B, K, *patch)
-    image,    # (C, Z, Y, X) from `prepare`
-    how,      # `window` of pipeline.json
-    batch=1,  # Windows that pass through a network together
-):            # (K, Z, Y, X) float32
-    "Average the answers of all networks, windows and mirrored copies"
-    flat, regions = len(how['patch_size']) == 2, how['activation'] == 'sigmoid'
+def place_windows(
+    image, # (C, Z, Y, X) from `prepare`
+    how,   # `window` of pipeline.json
+):         # (padded image, windows as slices, axes to mirror for each copy, where the image lies in the padded one)
+    "Lay windows over an image that is as large as one at least"
+    flat = len(how['patch_size']) == 2
     size = (1,)*flat + tuple(how['patch_size'])
     missing = [max(p - n, 0) for p, n in zip(size, image.shape[1:])]
     padded = np.pad(image, [(0, 0), *((m//2, m - m//2) for m in missing)])
     starts = [window_starts(n, p, how['step_size']) for n, p in zip(padded.shape[1:], size)]
     if flat: starts[0] = range(padded.shape[1]) # each slice once
     axes = [a + 2 + flat for a in how['mirror_axes']]
-    jobs = [(where, flips) for where in product(*starts) for n in range(len(axes) + 1) for flips in combinations(axes, n)]
-    weight, total, seen = centre_weights(size, how['sigma_scale']), None, np.zeros(padded.shape[1:], np.float32)
-    for i, network in product(range(0, len(jobs), batch), networks):
-        windows = [(slice(None), *(slice(s, s + p) for s, p in zip(where, size))) for where, _ in jobs[i:i + batch]]
-        x = np.concatenate([np.flip(padded[w][None], flips) for w, (_, flips) in zip(windows, jobs[i:i + batch])])
-        answers = network(np.ascontiguousarray(x[:, :, 0] if flat else x, np.float32))
-        answers = squash(answers[:, :, None] if flat else answers, regions)
-        if total is None: total = np.zeros((answers.shape[1], *padded.shape[1:]), np.float32)
-        for w, p, (_, flips) in zip(windows, answers, jobs[i:i + batch]):
-            total[w] += np.flip(p, [a - 1 for a in flips])*weight
-            seen[w[1:]] += weight
-    return (total/seen)[(slice(None), *(slice(m//2, m//2 + n) for m, n in zip(missing, image.shape[1:])))]
+    copies = [flips for n in range(len(axes) + 1) for flips in combinations(axes, n)]
+    windows = [(slice(None), *(slice(s, s + p) for s, p in zip(where, size))) for where in product(*starts)]
+    return padded, windows, copies, (slice(None), *(slice(m//2, m//2 + n) for m, n in zip(missing, image.shape[1:])))
+
+# %% ../nbs/86_deployment.ipynb #0eae930e
+def slide(
+    networks, # Functions (B, C, *patch) -> logits (B, K, *patch)
+    image,    # (C, Z, Y, X) from `prepare`
+    how,      # `window` of pipeline.json
+    batch=1,  # Windows that pass through a network together
+):            # (K, Z, Y, X): probabilities, or logits where the plan averages those
+    "Average the answers of all networks, windows and mirrored copies"
+    padded, windows, copies, inner = place_windows(image, how)
+    flat, kind, jobs = len(how['patch_size']) == 2, how['activation'], list(product(windows, copies))
+    half, size = kind == 'logits_half', tuple(w.stop - w.start for w in windows[0][1:])
+    weight, totals, seen = centre_weights(size, how['sigma_scale'], half), [None]*len(networks), np.zeros(padded.shape[1:], np.float16 if half else np.float32)
+    for nth, network in enumerate(networks):
+        member, waiting = nth*half, [] # in half precision every network has its own sums
+        for i in range(0, len(jobs), batch):
+            x = np.concatenate([np.flip(padded[w][None], flips) for w, flips in jobs[i:i + batch]])
+            answers = network(np.ascontiguousarray(x[:, :, 0] if flat else x, np.float32))
+            answers = answers[:, :, None] if flat else answers
+            if not kind.startswith('logits'): answers = squash(answers, kind == 'sigmoid')
+            if totals[member] is None: totals[member] = np.zeros((answers.shape[1], *padded.shape[1:]), seen.dtype)
+            for (w, flips), p in zip(jobs[i:i + batch], answers):
+                waiting.append(np.flip(p, [a - 1 for a in flips]))
+                if len(waiting) < len(copies): continue
+                totals[member][w] += sum(waiting)/np.float32(len(copies))*weight
+                if member == 0: seen[w[1:]] += weight
+                waiting = []
+    totals = [t/seen for t in totals if t is not None]
+    return (sum(totals[1:], totals[0])/len(totals)).astype(seen.dtype)[inner]
 
 # %% ../nbs/86_deployment.ipynb #b2a8bf4d
 def bring_home(
@@ -239,10 +266,12 @@ def bring_home(
 ):                 # (Z, Y, X) label map as files hold it
     "Transpose and resample class by class, decide, put the box back into the image"
     back = [way['forward'].index(a) for a in range(3)]
-    shape, axis = [b - a for a, b in way['box']], coarse_axis(way['old'], [way['new'][a] for a in back])
-    decided, best = np.zeros(shape, np.int16), np.full(shape, .5 if labels['region_order'] else -np.inf, np.float32)
+    shape, grids = [b - a for a, b in way['box']], (way['old'], [way['new'][a] for a in back])
+    axis, even = coarse_axis(*(grids[::-1] if how['from_plan'] else grids), how), 0. if how['logits'] else .5
+    decided, best = np.zeros(shape, np.int16), np.full(shape, even if labels['region_order'] else -np.inf, np.float32)
     for k, p in enumerate(probabilities):
-        p = resample(p.transpose(back), shape, how['order'], how['order_z'], axis)
+        p = resample(p.transpose(back).astype(np.float32), shape, how['order'], how['order_z'], axis)
+        if how['half']: p = p.astype(np.float16)
         decided[p > best] = labels['region_order'][k] if labels['region_order'] else k
         if not labels['region_order']: best = np.maximum(best, p)
     whole = np.zeros(way['shape'], np.uint8 if max(labels['values']) < 256 else np.uint16)
@@ -328,7 +357,8 @@ def stage_before(
         raise ValueError(f'this is the second stage of a cascade: give the label map that {how["cascade"]["stage"]} predicts, shape {tuple(way["shape"])}, as previous (--previous FILE)')
     values, classes = how['labels']['values'], np.zeros(np.shape(previous), np.uint16)
     for i, value in enumerate(values): classes[previous == value] = i
-    inside = classes[tuple(slice(*b) for b in way['box'])].transpose(way['forward'])
+    if not how['cascade']['whole']: classes = classes[tuple(slice(*b) for b in way['box'])] # nnU-Net v1 squeezes the whole map into the box
+    inside = classes.transpose(way['forward'])
     classes = vote(inside, shape, None)
     return np.stack([classes == c for c in how['cascade']['classes']]).astype(np.float32)
 
@@ -527,7 +557,7 @@ def numpy_network(
     return network
 
 # %% ../nbs/86_deployment.ipynb #c4fc47bc
-RUNNER = ('body_box', 'fill_holes', 'spline_matrix', 'stretch', 'coarse_axis', 'resample', 'vote', 'normalize', 'prepare', 'window_starts', 'centre_weights', 'squash', 'slide',
+RUNNER = ('body_box', 'fill_holes', 'spline_matrix', 'stretch', 'coarse_axis', 'resample', 'vote', 'normalize', 'prepare', 'window_starts', 'centre_weights', 'squash', 'place_windows', 'slide',
           'bring_home', 'pieces', 'keep_largest', 'stage_before', 'Runner', 'open_network', 'varint', 'proto', 'numbers', 'tensor', 'convolve', 'convolve_up', 'instance_norm',
           'numpy_network', 'read_file', 'write_file', 'main')
 _HEAD = """#!/usr/bin/env python3
@@ -549,7 +579,7 @@ def runner_source()->str: # Text of run.py
     return '\n\n\n'.join([_HEAD.format(version=segnb.__version__).rstrip(), *parts, "if __name__ == '__main__': main()"]) + '\n'
 
 # %% ../nbs/86_deployment.ipynb #eb9787dc
-_SCHEMES = ('CT', 'CT2', 'nonCT', 'noNorm', 'rescale01', 'rgb')
+_SCHEMES = ('CT', 'CT2', 'nonCT', 'zscore_v2', 'noNorm', 'rescale01', 'rgb')
 
 
 def _refuse_unknown(predictor):
@@ -561,9 +591,10 @@ def _refuse_unknown(predictor):
     strange = [s for s in predictor.plans.normalization_schemes if _scheme(s) not in _SCHEMES]
     if strange: raise DeploymentError('the script has no such normalisation', found=', '.join(strange), expected=', '.join(_SCHEMES))
     if rule is not None and not hasattr(rule, 'which'): raise DeploymentError('this post-processing is a function of your own', found=repr(rule), expected='a `Postprocessing`, or None')
-    usual = dict(normalize_first=False, resampling=None, previous_like_seg=False, aggregate='probabilities')
-    if other := [f'{k} {getattr(c, k)!r}' for k, v in usual.items() if getattr(c, k, v) != v]:
-        raise DeploymentError('the script predicts as nnU-Net v1 does', found=f'{", ".join(other)} in the plan of {c.name}', expected='a model of segnb or of nnU-Net v1')
+    ways = {f'{k}: {v["function"]}' for k, v in (c.resampling or {}).items() if k != 'seg' and v['function'] != 'spline'}
+    if c.resampling and not c.normalize_first and any(predictor.plans.use_mask_for_norm): ways.add('a mask for the intensities, resampled by the plan')
+    if c.previous_stage and c.previous_like_seg: ways.add('previous_like_seg')
+    if ways: raise DeploymentError('the script cannot do what this plan asks for', found=f'{", ".join(sorted(ways))} in the plan of {c.name}', expected='resampling by splines')
 
 
 def _scheme(name):
@@ -579,19 +610,22 @@ def pipeline_of(
     plans, c, labels, rule = predictor.plans, predictor.configuration, predictor.labels, predictor.postprocess
     schemes, known = [_scheme(s) for s in plans.normalization_schemes], plans.intensities or {}
     statistics = [{k: float(known[i][k]) for k in ('percentile_00_5', 'percentile_99_5', 'mean', 'sd')} if s in ('CT', 'CT2') else None for i, s in enumerate(schemes)]
-    masked = [bool(m) and s in ('CT', 'CT2', 'nonCT') for m, s in zip(plans.use_mask_for_norm, schemes)]
-    spacing = [float(mm) for mm in c.spacing]
+    masked = [bool(m) and s in ('CT', 'CT2', 'nonCT', 'zscore_v2') for m, s in zip(plans.use_mask_for_norm, schemes)]
+    spacing, back = [float(mm) for mm in c.spacing], c.way_back or {'scores': 'probabilities', 'resampling': {}}
     if c.dimensions == 2: spacing[0] = None
+    def how(order, order_z, separate=None, threshold=3., **_): return dict(order=order, order_z=order_z, separate=separate, threshold=threshold)
     return {'format': 'segnb-onnx-1', 'configuration': c.name, 'channels': list(plans.channels),
             'labels': {'names': list(labels.regions) if labels.regions else [labels.names[i] for i in range(labels.n_outputs)], 'region_order': list(labels.region_order),
                        'values': [int(labels.values[i]) for i in range(len(labels.names))]},
-            'prepare': {'transpose': list(plans.transpose_forward), 'spacing': spacing, 'order': 3, 'order_z': 0,
+            'prepare': {'transpose': list(plans.transpose_forward), 'spacing': spacing, 'normalize_first': c.normalize_first,
+                        **how(**{'order': 3, 'order_z': 0} | (c.resampling or {}).get('data', {})),
                         'normalization': [dict(scheme=s, mask=m, statistics=t) for s, m, t in zip(schemes, masked, statistics)]},
             'window': {'patch_size': list(c.patch_size), 'step_size': predictor.step_size, 'sigma_scale': 1/8, 'mirror_axes': list(predictor.mirror_axes),
-                       'activation': 'sigmoid' if labels.regions else 'softmax'},
-            'back': {'order': predictor.export_order, 'order_z': predictor.export_order_z},
+                       'activation': c.aggregate if c.aggregate != 'probabilities' else 'sigmoid' if labels.regions else 'softmax'},
+            'back': {**how(**back['resampling'] | {'order': predictor.export_order, 'order_z': predictor.export_order_z}),
+                     'from_plan': bool(c.way_back), 'logits': back['scores'] != 'probabilities', 'half': back['scores'] == 'logits_half'},
             'postprocess': [] if rule is None else _rules(rule),
-            'cascade': {'stage': c.previous_stage, 'classes': sorted(labels.foreground)} if c.previous_stage else None,
+            'cascade': {'stage': c.previous_stage, 'classes': sorted(labels.foreground), 'whole': c.previous_whole} if c.previous_stage else None,
             'made_with': predictor.made_with()}
 
 
@@ -646,10 +680,17 @@ def _write_network(network, shape, file, opset):
                 warnings.simplefilter('ignore')
                 torch.onnx.export(network, (example,), str(file), **names, **way)
             _tools().checker.check_model(str(file))
+            _check_opset(file, opset)
             return _check_network(file, network, shape)
         except Exception as error:
             if way is ways[-1]: raise error if isinstance(error, DeploymentError) else DeploymentError('torch cannot write this network as ONNX', found=_cause(error), fix='try another opset, or simpler operations in the network') from error
         finally: logging.disable(before)
+
+
+def _check_opset(file, opset):
+    "torch writes another version than the one asked for where it does not know that"
+    found = next(o.version for o in _tools().load(str(file), load_external_data=False).opset_import if o.domain in ('', 'ai.onnx'))
+    if found != opset: raise DeploymentError('torch does not write this version of the operations', found=f'opset {opset}', expected=f'for example {found}')
 
 
 def _cause(error):

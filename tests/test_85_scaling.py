@@ -207,8 +207,6 @@ def test_parts_of_a_prediction_as_jobs_make_the_label_maps_of_one(ct, tmp_path):
     for file in ct.predictions.glob('*.nii.gz'): assert (tmp_path/'out'/file.name).read_bytes() == file.read_bytes()
     next((tmp_path/'out').glob('*.nii.gz')).unlink()
     assert len(jobs_todo(tmp_path/'jobs')) == 1
-    run_jobs(tmp_path/'jobs', progress=False)
-    assert len(list((tmp_path/'out').glob('*.nii.gz'))) == 2
     with pytest.raises(JobError, match='more parts than cases; found 3 parts, 2 cases'): plan_jobs('predict', ct.raw/'imagesTs', tmp_path/'out', ct.model, 3)
     with pytest.raises(JobError, match='at least one part'): plan_jobs('predict', ct.raw/'imagesTs', tmp_path/'out', ct.model, 0)
 
@@ -273,6 +271,7 @@ def test_one_training_over_two_nodes(planned, alone, tmp_path):
 
 
 @bash
+@pytest.mark.skipif(not os.environ.get('SEGNB_SLOW'), reason='the line for two nodes runs in the test above, its words under SLURM in the chapter; SEGNB_SLOW=1 runs both together')
 def test_a_job_for_two_nodes_under_a_false_slurm(planned, alone, tmp_path, slurm, monkeypatch):
     workspace = Path(shutil.copytree(planned[1], tmp_path/'workspace'))
     jobs = plan_jobs('train', '201', workspace, folds=(0,), options=(*QUICK, '--precision', 'fp32', '--no-validation', '-j', 0), gpus=0, nodes=2, select=False)

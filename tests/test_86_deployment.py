@@ -74,6 +74,8 @@ def same_but_at_ties(found, predictor, image, spacing, most=1e-3, **how):
     return differs
 
 
+SPLINES = {'data': dict(function='spline', order=3, order_z=1, separate=None, threshold=2.), 'seg': dict(function='spline', order=1, order_z=0), 'probabilities': dict(function='spline', order=1, order_z=0, separate=True)}
+
 KINDS = {
     'plain': (CLASSES, {}, {}, 1),
     'two folds': (CLASSES, dict(n=2), {}, 1),
@@ -85,6 +87,8 @@ KINDS = {
     'regions': (REGIONS, {}, dict(schemes=('nonCT',)*2), 2),
     'slices': (CLASSES, {}, dict(flat=True), 1),
     'residual': (CLASSES, {}, dict(architecture='residual', blocks_per_stage_encoder=(1, 2, 2), blocks_per_stage_decoder=(1, 1)), 1),
+    'as nnU-Net v2': (CLASSES, dict(n=2, export_order_z=1), dict(schemes=('zscore_v2', 'CT'), mask=True, normalize_first=True, resampling=SPLINES, aggregate='logits_half'), 2),
+    'regions, logits': (REGIONS, {}, dict(schemes=('zscore_v2',)*2, normalize_first=True, aggregate='logits'), 2),
     'no mirror, large step, cubic home': (CLASSES, dict(mirror=False, step_size=1., export_order=3), {}, 1),
     'two mirror axes, slices mixed': (CLASSES, dict(mirror=(1, 2), step_size=.3, export_order_z=1), {}, 1),
 }
@@ -263,17 +267,38 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('name', ['v1_cascade', 'v2_plain', 'v2_regions', 'v2_2d'])
+def test_official_models(name, tmp_path):
+    from segnb.exchange import load_nnunet
+    load_nnunet(Path(__file__).parent/'recorded'/'official'/f'{name}.zip', tmp_path/'model')
+    folder = tmp_path/'model' if name != 'v1_cascade' else next(p.parent for p in (tmp_path/'model').rglob('plans.json') if p.parent.name == '3d_cascade_fullres')
+    predictor = Predictor.from_folder(folder, device='cpu')
+    image, previous = an_image(len(predictor.plans.channels), (13, 41, 35), 3), {}
+    spacing = tuple(float(mm*f) for mm, f in zip(predictor.plans.original_spacing_target, (1.1, .9, .95)))
+    if name == 'v1_cascade':
+        previous['previous'] = np.zeros(image.shape[1:], np.uint8)
+        previous['previous'][3:9, 10:25, 8:22] = predictor.labels.values[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        wanted = predictor.predict(image, spacing, **previous)
+    found = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1).predict(image, spacing, **previous)
+    assert (found != wanted).sum() < 10 and len(np.unique(wanted)) > 1
+
+
 def test_a_plan_that_predicts_otherwise_is_refused(tmp_path):
     plans = plans_for(CLASSES)
     c = plans.configuration('3d_fullres')
-    if not hasattr(c, 'normalize_first'): pytest.skip('plans have no such field')
-    for change in (dict(normalize_first=True), dict(aggregate='logits')):
-        other = dataclasses.replace(plans, configurations={'3d_fullres': dataclasses.replace(c, **change)})
-        with pytest.raises(DeploymentError, match=next(iter(change))): export_onnx(predictor_of(other, CLASSES), tmp_path/'x')
+    torch_way = {'data': {'function': 'torch'}, 'seg': {'function': 'spline'}, 'probabilities': {'function': 'none'}}
+    for change, words in ((dict(normalize_first=True, resampling=torch_way), 'data: torch, probabilities: none'), (dict(previous_stage='3d_lowres', previous_like_seg=True), 'previous_like_seg')):
+        other = dataclasses.replace(plans, configurations={'3d_lowres': dataclasses.replace(c, name='3d_lowres'), '3d_fullres': dataclasses.replace(c, **change)})
+        with pytest.raises(DeploymentError, match=words):
+            d._refuse_unknown(type('P', (), dict(configuration=other.configuration('3d_fullres'), plans=other, postprocess=None, mode='normal', whole_image=False, mirror_axes=())))
+    with pytest.raises(DeploymentError, match='found opset 99'): export_onnx(predictor_of(plans, CLASSES), tmp_path/'x', opset=99)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_script_is_made_of_the_module():
     text = runner_source()
     compile(text, 'run.py', 'exec')
     imported = {line.split()[1].split('.')[0].rstrip(',') for line in text.splitlines() if line.strip().startswith(('import ', 'from '))}
-    assert imported <= {'contextlib', 'itertools', 'pathlib', 'numpy', 'onnxruntime', 'argparse'} and len(text.splitlines()) < 550
+    assert imported <= {'contextlib', 'itertools', 'pathlib', 'numpy', 'onnxruntime', 'argparse'} and len(text.splitlines()) < 570

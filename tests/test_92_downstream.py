@@ -147,6 +147,12 @@ def test_the_service_gives_the_mask_of_the_predictor(service, model, tmp_path):
     assert np.array_equal(labels, predictor.predict(array, of.spacing)) and not geometry.differences(of)
 
 
+def test_the_type_of_an_upload_may_be_written_in_capitals(service):
+    import httpx
+    body = b'--b\r\nContent-Disposition: form-data; name="channel_0"; filename="x.nii.gz"\r\n\r\n' + image().read_bytes() + b'\r\n--b--\r\n'
+    assert httpx.post(f'{service[0]}/predict', content=body, headers={'content-type': 'Multipart/Form-Data; boundary=b'}, timeout=300).status_code == 200
+
+
 def test_the_service_answers_with_json(service):
     reply = post(service[0], ('scan.nii.gz', image().read_bytes()), data={'answer': 'json'})
     found = reply.json()

@@ -198,7 +198,7 @@ def make_app(
     @app.post('/predict')
     async def predict(request: Request):
         desk.check() # before the upload is taken
-        if not request.headers.get('content-type', '').startswith('multipart/form-data'): raise HTTPException(415, 'send the files as multipart/form-data')
+        if not request.headers.get('content-type', '').lower().startswith('multipart/form-data'): raise HTTPException(415, 'send the files as multipart/form-data')
         with tempfile.TemporaryDirectory(prefix='segnb_') as folder:
             try:
                 async with asyncio.timeout(upload_seconds), request.form(max_files=len(channels) + 4, max_fields=8) as form: files, name, as_json = await unpack(form, Path(folder))
