@@ -290,7 +290,7 @@ class _Look:
         new = [c for c in self.cases if there[c].properties.get('source') != _source(self.dataset, c)]
         return ('stale', f'files changed: {_some(new)}') if new else ('done', f'{len(there)} cases')
 
-
+# %% ../nbs/80_cascade.ipynb #dcb9c079
 def _raw_of(preprocessed):
     "The data set that was planned from, if it is still where dataset.json says; None otherwise"
     file = Path(preprocessed)/'dataset.json'
@@ -299,6 +299,28 @@ def _raw_of(preprocessed):
 
 
 def _some(names, most=3): return ', '.join(map(str, names[:most])) + (f' and {len(names) - most} more' if len(names) > most else '')
+
+
+def _other_model(model, preprocessed, configuration, identity):
+    "In words why trainings in a model folder are none of this data set's, or None"
+    if identity != Plans.load(preprocessed/'plans.json').identity(configuration): return 'trained by another plan'
+    files = [f/'dataset.json' for f in (model, preprocessed)]
+    if not all(f.exists() for f in files): return None
+    said, now = (_numbers(Labels.from_dict(read_json(f), f)) for f in files)
+    return 'trained with other labels' if said != now else None
+
+def _numbers(labels):
+    "All of labels but their names"
+    return labels.values, [*labels.regions.values()], labels.region_order, labels.ignore
+
+def _weights(checkpoint):
+    "A short name of what a checkpoint holds; None: it cannot be read"
+    try: return _fingerprint(checkpoint)
+    except (OSError, zipfile.BadZipFile): return None
+
+def _epochs(folder):
+    "Epochs that a training has done, by its log"
+    return len((folder/'log.jsonl').read_text().splitlines()) if (folder/'log.jsonl').exists() else 0
 
 # %% ../nbs/80_cascade.ipynb #78842d44
 @patch
@@ -321,27 +343,6 @@ def train(self:_Look, node):
     if changed := self.changed(node, folder, record): return 'stale', changed
     epochs = f'{_epochs(folder)} epochs'
     return ('done', epochs) if 'final' in there else ('begun', f'{epochs} done')
-
-def _other_model(model, preprocessed, configuration, identity):
-    "In words why trainings in a model folder are none of this data set's, or None"
-    if identity != Plans.load(preprocessed/'plans.json').identity(configuration): return 'trained by another plan'
-    files = [f/'dataset.json' for f in (model, preprocessed)]
-    if not all(f.exists() for f in files): return None
-    said, now = (_numbers(Labels.from_dict(read_json(f), f)) for f in files)
-    return 'trained with other labels' if said != now else None
-
-def _numbers(labels):
-    "All of labels but their names"
-    return labels.values, [*labels.regions.values()], labels.region_order, labels.ignore
-
-def _weights(checkpoint):
-    "A short name of what a checkpoint holds; None: it cannot be read"
-    try: return _fingerprint(checkpoint)
-    except (OSError, zipfile.BadZipFile): return None
-
-def _epochs(folder):
-    "Epochs that a training has done, by its log"
-    return len((folder/'log.jsonl').read_text().splitlines()) if (folder/'log.jsonl').exists() else 0
 
 @patch
 def changed(self:_Look, node, folder, record):
@@ -547,14 +548,16 @@ class _Work:
     def asking(self):
         return {k: v for k, v in self.options['training'].items() if k == 'device'} | self.options['predict']
 
-    def aside(self, model, configuration):
-        "Put trainings of another plan, or with other labels, out of the way, under a hidden name"
-        if not (model/'plans.json').exists(): return
-        old = Plans.load(model/'plans.json').identity(configuration)
-        if not (other := _other_model(model, self.preprocessed, configuration, old)): return
-        kept = model.with_name(f'.{model.name}_of_plan_{old[:8]}_{time.strftime("%Y%m%d_%H%M%S")}')
-        os.rename(model, kept)
-        self.say(f'{model.name} was {other}: kept as {kept.name}, delete it when you are sure')
+# %% ../nbs/80_cascade.ipynb #70185d0a
+@patch
+def aside(self:_Work, model, configuration):
+    "Put trainings of another plan, or with other labels, out of the way, under a hidden name"
+    if not (model/'plans.json').exists(): return
+    old = Plans.load(model/'plans.json').identity(configuration)
+    if not (other := _other_model(model, self.preprocessed, configuration, old)): return
+    kept = model.with_name(f'.{model.name}_of_plan_{old[:8]}_{time.strftime("%Y%m%d_%H%M%S")}')
+    os.rename(model, kept)
+    self.say(f'{model.name} was {other}: kept as {kept.name}, delete it when you are sure')
 
 # %% ../nbs/80_cascade.ipynb #c4286bd9
 @patch
