@@ -228,7 +228,8 @@ def _predicts(net, factory, how, patch_size):
         if mine == {k: v.shape for k, v in state.items()}: break
     else:
         strange = next(k for k in {**mine, **state} if mine.get(k) != (state[k].shape if k in state else None))
-        raise NetworkError('the weights of a training would not load for a prediction', found=strange, expected='the same names and shapes each time it is built')
+        raise NetworkError('the weights of a training would not load for a prediction', found=strange,
+                           expected='the same names and shapes each time it is built')
     other.load_state_dict(state)
     with torch.no_grad(): ours, again, alone = (list_outputs(n.eval()(y), axes)[0] for n, y in ((net, x), (other, x), (other, x[:1])))
     close = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)
