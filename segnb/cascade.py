@@ -142,6 +142,7 @@ def previous_stage_maps(
     "Ask the first stage about a case and lay its answer on the voxels of the second, as in training"
     direction = (low.properties.get('geometry') or {}).get('direction')
     probabilities = predictor.predict_preprocessed(low.data, None, direction)
+    if predictor.labels.regions and predictor.configuration.aggregate != 'probabilities': probabilities = 1/(1 + np.exp(-probabilities)) # logits, as nnU-Net v2 averages them
     return previous_from_probabilities(probabilities, tuple(full.properties['shape_after_resampling']), predictor.labels), probabilities
 
 # %% ../nbs/80_cascade.ipynb #8b7b6c54

@@ -562,7 +562,10 @@ def _hand_on(data, model, fold, checkpoint, say, **how):
         if not (data/c.data_configuration).is_dir(): say(f'{c.name} has no preprocessed cases yet, so the label maps are not handed on; {line} does it later')
         else:
             from segnb.cascade import prepare_next_stage
-            done = prepare_next_stage(data, model, [fold], c.name, checkpoint=checkpoint, **how)
+            try: done = prepare_next_stage(data, model, [fold], c.name, checkpoint=checkpoint, **how)
+            except SegnbError as error: # the training itself is done
+                say(f'the label maps are not handed on to {c.name}: {error}; mend it, then {line}')
+                continue
             say(f'{len(done)} label maps handed to {c.name}; when all folds have: segnb train {data.name} 0 -c {c.name}, or {line}')
 
 # %% ../nbs/90_cli.ipynb #d8982669
@@ -817,7 +820,10 @@ def _first_stage(predictor, source, model, out, ending, running, say, **options)
     say(f'{model.name} needs the label maps of {predictor.configuration.previous_stage}: they are predicted first, into {folder}')
     parts = {k: v for k, v in running.items() if k in ('part_id', 'num_parts', 'n_workers')}
     options.pop('network', None) # it is the second stage's
-    try: predict(source, folder, model.parent/predictor.configuration.previous_stage, say=say, **parts, **options)
+    first = model.parent/predictor.configuration.previous_stage
+    asked = options.get('folds') or ()
+    if asked and not any((first/f'fold_{f}').is_dir() for f in ([asked] if isinstance(asked, (int, str)) else asked)): options['folds'] = None # 'all' there, numbers here
+    try: predict(source, folder, first, say=say, **parts, **options)
     except PredictionError as error:
         if not getattr(error, 'written', None): raise
         mine = list(_cases_of(source, predictor.plans, ending).items())[parts.get('part_id', 0)::parts.get('num_parts', 1)]
@@ -1238,7 +1244,10 @@ def _run_cascade(a):
 # %% ../nbs/90_cli.ipynb #ac8b4a72
 def _model_of(model, workspace, configuration=None):
     "A model's folder, given itself or found by the name or number of its data set"
-    return Path(model) if Path(model).is_dir() else find_model(model, Path(workspace), configuration)
+    folder = Path(model)
+    if (folder/'plans.json').exists(): return folder
+    if any(folder.glob('*/plans.json')): return folder/configuration if configuration else folder # of a task, with several models
+    return find_model(model, Path(workspace), configuration)
 
 def export_model(
     model,                # Model folder (of a configuration, or of a task with several), or data set by name or number

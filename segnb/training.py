@@ -282,7 +282,7 @@ def _check_case(t, name, folder):
                             expected=f'data ({len(t.plans.channels)}, Z, Y, X), labels (Z, Y, X)', fix='preprocess the data set again')
     if t.plan.previous_stage and previous is None:
         raise TrainingError(f'the case has no prediction of {t.plan.previous_stage}, on which {t.configuration} builds', case=name, file=folder,
-                            fix=f'train {t.plan.previous_stage} in all folds, validate them, and bring their label maps here with preprocess_previous_stage')
+                            fix=f'train {t.plan.previous_stage} in all folds, validate them, and hand their label maps on: segnb cascade does all of it')
 
 def _check_model_folder(t):
     "Refuse a model folder of another plan, and one that cannot hold the checkpoints"
@@ -291,6 +291,14 @@ def _check_model_folder(t):
     if file.exists() and Plans.load(file).identity(t.configuration) != t.plans.identity(t.configuration):
         raise TrainingError('the model folder belongs to another plan', file=t.model, found='; '.join(plan_differences(Plans.load(file).to_dict(), t.plans.to_dict())),
                             fix='give another model folder, or delete this one')
+    about = t.model/'dataset.json'
+    if about.exists() and _spoken(old := Labels.from_dict(read_json(about), about)) != _spoken(t.labels):
+        raise TrainingError('the model folder was trained with other labels', file=about, found=_spoken(old), expected=_spoken(t.labels), fix='give another model folder, or delete this one')
+
+def _spoken(labels):
+    "What the numbers of a label map mean; what they are called does not count"
+    return labels.values, [*labels.regions.values()], labels.region_order, labels.ignore
+
 
 # %% ../nbs/53_training.ipynb #652f05a6
 def _reset(t):

@@ -271,3 +271,15 @@ def test_a_plan_that_gained_a_configuration_still_fits_its_models(task, straight
     assert more.identity() != plans.identity()
     state = load_checkpoint(straight.folder/'checkpoint_final.pt', more)
     assert state['plans_identity'] == more.identity('3d_fullres')
+
+
+def test_a_model_of_other_labels_is_not_trained_over(straight, task, tmp_path):
+    copy, model = shutil.copytree(task, tmp_path/'Balls'), shutil.copytree(straight.model, tmp_path/'model')
+    about = json.loads((copy/'dataset.json').read_text(encoding='utf-8'))
+    numbers = {str(k): v for k, v in about['labels'].items()}
+    (copy/'dataset.json').write_text(json.dumps(about | {'labels': {k: f'{v} (renamed)' if k not in ('0', 'background') and not isinstance(v, int) else v for k, v in numbers.items()}}), encoding='utf-8')
+    Trainer(copy, model, **SMALL)                                       # another name is no other label
+    regions = {'background': 0, 'whole': [1, 2], 'core': 2} if len(numbers) > 2 else {'background': 0, 'ball': [1]}
+    (copy/'dataset.json').write_text(json.dumps(about | {'labels': regions, 'regions_class_order': list(range(1, len(regions)))}), encoding='utf-8')
+    with pytest.raises(TrainingError, match='other labels'): Trainer(copy, model, **SMALL).fit(overwrite=True)
+    assert sorted(f.name for f in (model/'fold_0').iterdir()) == sorted(f.name for f in (straight.model/'fold_0').iterdir())

@@ -115,7 +115,7 @@ def test_a_cascade(task, tmp_path):
     copy = shutil.copytree(task, tmp_path/'Balls')
     add(copy, '3d_lowres')
     add(copy, '3d_cascade_fullres', previous_stage='3d_lowres')
-    with pytest.raises(TrainingError, match='no prediction of 3d_lowres.*preprocess_previous_stage'): Trainer(copy, tmp_path/'m', '3d_cascade_fullres', **QUICK)
+    with pytest.raises(TrainingError, match='no prediction of 3d_lowres.*segnb cascade'): Trainer(copy, tmp_path/'m', '3d_cascade_fullres', **QUICK)
     rewrite(copy, lambda data, seg: (data, seg, {'previous': np.roll(seg, 1, 0).astype(np.uint8)}))
     trainer = Trainer(copy, tmp_path/'m', '3d_cascade_fullres', **QUICK)
     learns(trainer)
