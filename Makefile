@@ -49,7 +49,7 @@ $(VENV)-peers/done: benchmarks/requirements-peers.txt benchmarks/requirements-pe
 	touch $@
 
 bench: $(VENV)/dev $(VENV)-peers/done
-	for stage in reading fingerprint planning resampling preprocessing augmentation training metrics sliding_window export prediction components; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
+	for stage in reading fingerprint planning resampling preprocessing augmentation training metrics sliding_window export prediction components exchange; do $(BIN)/python benchmarks/$$stage.py --peers $(VENV)-peers/bin/python || exit 1; done
 	$(BIN)/python benchmarks/report.py
 
 readme: $(VENV)/dev

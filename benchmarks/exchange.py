@@ -2,15 +2,15 @@
 
 `file`: a model of thirty million weights and two folds into one verified file, and back, beside copying and hashing the same bytes.
 `first_case`: one new process each: load a model and predict its first case (segnb), beside the network alone on the same windows
-and mirrored copies, weights loaded by torch (`network_alone`). Both after `import torch`; the mark says that all the rest, packages,
-plan, reading, preprocessing, window, export, writing, adds no more than two seconds.
+and mirrored copies, weights loaded by torch (`network_alone`). Both after `import torch`; the difference, packages, plan,
+reading, preprocessing, window, export, writing, is to be no more than two seconds.
 `first_case_v1`, `first_case_v2`: the same with an official model folder, which is read, converted and then asked.
 """
-import json, shutil, subprocess, sys, tempfile, time
+import json, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
-from common import HERE, entry, main, mark, measure
-from prediction import FewCases, model_of
+from common import HERE, entry, main, measure
+from models import FewCases, model_of
 
 SAMPLE = HERE.parent/'data_samples'/'Task101_PhantomCT'
 OFFICIAL = HERE.parent/'tests'/'recorded'/'official'

@@ -1307,7 +1307,7 @@ def import_model(
         try: made = exchange.load_nnunet(source, out, overwrite=overwrite, **options, **({} if out else {'models': models}))
         except TypeError as error:
             if 'unexpected keyword' not in str(error): raise
-            raise UsageError(f'{source} is a model of nnU-Net v2: --dataset and --repair are for those of v1') from None
+            raise UsageError(f'{source} is a model of nnU-Net v2: --dataset, --regions and --repair are for those of v1') from None
     else:
         card = exchange.describe_model(source)
         say(str(card))
@@ -1332,8 +1332,13 @@ def _import_model_arguments(p):
     add = p.add_argument_group('models of nnU-Net').add_argument
     add('-f', '--folds', nargs='+', metavar='FOLD', help='folds to take (default: all that are there)')
     add('--dataset', metavar='FILE', help="v1: the dataset.json of the task, for the names of the labels, which such a model does not keep")
+    add('--regions', nargs='+', type=_pairs, metavar='NAME=VALUES', help="v1: regions of a trainer that is not known, such as whole=1,2,3 core=2,3, in the order in which they are written")
     add('--repair', action='store_true', help="v1 cascades: put the first stage's map where it belongs (default: as nnU-Net v1 does, so that the masks are the same)")
-    return lambda a: {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe, **{k: v for k in ('digest', 'folds', 'dataset', 'repair') if (v := getattr(a, k))})}
+    return _run_import_model
+
+def _run_import_model(a):
+    given = {k: v for k in ('digest', 'folds', 'dataset', 'repair') if (v := getattr(a, k))} | ({'regions': {k: v if isinstance(v, list) else [v] for k, v in a.regions}} if a.regions else {})
+    return {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe, **given)}
 
 # %% ../nbs/90_cli.ipynb #6cb65b0c
 @_verb('export-onnx', 'Write networks as ONNX, with the pipeline as JSON and a script that needs numpy and onnxruntime alone.', 'segnb export-onnx 4 -w workspace -o hippocampus_onnx')

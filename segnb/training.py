@@ -457,6 +457,8 @@ def _discard(t, overwrite):
 def _fit(t, overwrite):
     "Train from the beginning"
     with _guarded(t):
+        for callback in t.callbacks if overwrite else (): # before anything is removed
+            if hasattr(callback, 'check'): callback.check(t)
         only_main(_discard)(t, overwrite)
         if t.epoch: _reset(t)
         return _run(t)

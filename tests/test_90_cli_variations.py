@@ -3,6 +3,7 @@ import json, shutil
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import ROOT, files
 from segnb.image import read_label_map
@@ -145,3 +146,11 @@ def test_official_models_come_in(kind, folders, segnb, tmp_path):
     refused(segnb('import-model', source, '-w', tmp_path), 'already')
     refused(segnb('import-model', source, '-w', tmp_path, '--describe'), 'export-model')
     if kind.startswith('v2'): refused(segnb('import-model', source, '-o', tmp_path/'x', '--repair'), 'v1')
+
+
+def test_a_start_that_does_not_fit_loses_nothing(ct, segnb, tmp_path):
+    import torch
+    torch.save({'nothing.of.ours': torch.zeros(3)}, tmp_path/'weights.pt')
+    before = files(ct.model)
+    refused(segnb('train', ct.raw.name, 0, '-w', ct.workspace, '--from', tmp_path/'weights.pt', '--overwrite', *SHORT))
+    assert files(ct.model) == before

@@ -29,7 +29,7 @@ def test_measure_takes_time_cpu_and_memory():
     assert figures['calls'] == 2 and 0 < figures['fastest'] <= figures['seconds'] and figures['peak_mb'] > 30
 
 
-@pytest.mark.parametrize('stage', ['reading', 'fingerprint', 'planning', 'resampling', 'preprocessing', 'augmentation', 'training', 'metrics', 'sliding_window', 'export', 'prediction', 'components', 'hippocampus'])
+@pytest.mark.parametrize('stage', ['reading', 'fingerprint', 'planning', 'resampling', 'preprocessing', 'augmentation', 'training', 'metrics', 'sliding_window', 'export', 'prediction', 'components', 'exchange', 'hippocampus'])
 def test_every_stage_can_be_asked_for_help(stage):
     run = subprocess.run([sys.executable, FOLDER/f'{stage}.py', '--help'], capture_output=True, text=True)
     assert run.returncode == 0 and '--peers' in run.stdout
