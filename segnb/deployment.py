@@ -6,7 +6,7 @@
 __all__ = ['RUNNER', 'DeploymentError', 'Runner', 'runner_source', 'pipeline_of', 'export_onnx']
 
 # %% ../nbs/86_deployment.ipynb #45235f01
-import contextlib, copy, gzip, hashlib, inspect, json, logging, math, shutil, struct, sys, uuid, warnings, zlib
+import contextlib, copy, gzip, hashlib, importlib, inspect, json, logging, math, shutil, struct, sys, uuid, warnings, zlib
 from itertools import combinations, product
 from pathlib import Path
 
@@ -574,7 +574,8 @@ import numpy as np
 
 def runner_source()->str: # Text of run.py
     "Put the script together from the functions of this module"
-    import segnb, segnb.deployment as here
+    import segnb
+    here = importlib.import_module('segnb.deployment') # also in the notebook, where functions stand in no file
     parts = [inspect.getsource(getattr(here, name)).rstrip() for name in RUNNER]
     return '\n\n\n'.join([_HEAD.format(version=segnb.__version__).rstrip(), *parts, "if __name__ == '__main__': main()"]) + '\n'
 

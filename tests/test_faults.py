@@ -329,7 +329,7 @@ def test_too_little_space_is_seen_before_the_start(segnb, ct, tmp_path, monkeypa
 FULL = {
     'plan': ('pathlib.Path.write_text', set()),
     'preprocess': ('numpy.save', {'gt_segmentations/ct_000.nii.gz'}),
-    'train': ('torch.save', {'plans.json', 'dataset.json', 'log.txt', 'log.jsonl', 'record.json', 'progress.png'}),
+    'train': ('torch.save', {'plans.json', 'dataset.json', 'log.txt', 'log.jsonl', 'record.json', 'inputs.json', 'progress.png'}),
     'predict': ('pathlib.Path.write_bytes', {'out/made_with.json'})}
 
 @pytest.mark.parametrize('verb', FULL)
