@@ -1219,6 +1219,7 @@ def cascade(
     say(found.explain())
     return found
 
+# %% ../nbs/90_cli.ipynb #e31c9ac6
 @_verb('cascade', 'Train both stages of a cascade: what is missing or stale is done, and said.', 'segnb cascade 7 -w workspace --dry-run')
 def _cascade_arguments(p):
     _arguments(p, 'dataset', 'workspace')

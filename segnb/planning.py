@@ -227,6 +227,7 @@ def _order(v):
     "Rule: a spline order that is offered"
     return _one_of((0, 1, 2, 3))(_whole(0)(v))
 
+# %% ../nbs/24_planning.ipynb #6f64b38e
 def _resampling(v):
     "Rule: a resampler and its settings for data, seg and probabilities; what is not given as nnU-Net v2 does it"
     rules, found = dict(order=_order, order_z=_order, separate=_maybe(_kind(bool)), threshold=_positive, vote=_one_of(('half', 'most'))), {}
@@ -656,6 +657,7 @@ def _taken_from(p):
     o = p.trace.get('official') or {}
     return f"taken from {o.get('system', 'another plan')}, {o.get('plans', 'its plans')} ({o.get('trainer', 'trainer unknown')})"
 
+# %% ../nbs/24_planning.ipynb #f1042bb0
 def _explain_ways(c):
     "Say what is done otherwise than in nnU-Net v1; nothing, where nothing is"
     lines = ['  normalised before it is resampled, not after it'] if c.normalize_first else []

@@ -567,6 +567,7 @@ def preprocess_dataset(
     return tuple(cases)
 
 
+# %% ../nbs/32_preprocessing.ipynb #78ee6b6c
 def _estimate(dataset, plans, names, case):
     geometry = read_geometry(dataset.image_files(case)[0])
     return estimate_case(geometry.shape, geometry.spacing, plans, names)
@@ -625,6 +626,7 @@ def save_previous(
         write_json({**properties, 'previous_source': source}, case.folder/f'{case.case}.json')
 
 
+# %% ../nbs/32_preprocessing.ipynb #14ba29be
 def _from_file(file, case, properties, spacing, labels):
     # the classes in a prediction file, on the grid of the preprocessed case; the file's own grid is compared with the expected one
     shape = tuple(properties['shape_after_resampling'])

@@ -259,6 +259,7 @@ def _half_weight(size, sigma_scale):
     weight[weight == 0] = weight[weight > 0].min()
     return weight
 
+# %% ../nbs/62_sliding_window.ipynb #6180e81e
 class _HalfRing:
     "Sums of logits in half precision, rounded where nnU-Net v2 rounds them; each network has its own"
     SLAB, parts = _Ring.SLAB, _Ring.parts

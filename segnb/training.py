@@ -271,6 +271,7 @@ def _check_cases(t):
     t.train_cases, t.val_cases = split_for_fold([] if t.fold == 'all' else only_main(_folds)(t), t.cases, t.fold)
     for name in sorted({*t.train_cases, *t.val_cases}): _check_case(t, name, folder)
 
+# %% ../nbs/53_training.ipynb #cdaffa5f
 def _check_case(t, name, folder):
     "Open the files of a case and compare their shapes with the plan"
     case = t.cases[name]
@@ -298,7 +299,6 @@ def _check_model_folder(t):
 def _spoken(labels):
     "What the numbers of a label map mean; what they are called does not count"
     return labels.values, [*labels.regions.values()], labels.region_order, labels.ignore
-
 
 # %% ../nbs/53_training.ipynb #652f05a6
 def _reset(t):
