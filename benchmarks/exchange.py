@@ -48,11 +48,11 @@ entry('file', 'copy_and_hash')(copied)
 
 
 FIRST = '''
-import sys, time, json, warnings
+import sys, time, json, resource, warnings
 warnings.simplefilter('ignore')
 import torch
 torch.set_num_threads(2)
-began = time.perf_counter()
+began, cpu = time.perf_counter(), time.process_time()
 from segnb.prediction import Predictor
 kind, model, place, *files = sys.argv[1:]
 if kind != 'segnb':
@@ -60,11 +60,11 @@ if kind != 'segnb':
     model = getattr(exchange, 'load_nnunet_' + kind)(model, place + '/converted')
 p = Predictor.from_folder(model, device='cpu')
 p.predict_files(files, place + '/out.nii.gz')
-print(json.dumps(time.perf_counter() - began))
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1.024e-3]))
 '''
 
 ALONE = '''
-import sys, time, json, warnings, itertools
+import sys, time, json, resource, warnings
 warnings.simplefilter('ignore')
 import torch
 torch.set_num_threads(2)
@@ -82,11 +82,11 @@ windows = 1 if n == 3 else data.shape[1]
 for steps in sliding_steps(shape, patch, .5): windows *= len(steps)
 copies = 2**len(p.mirror_axes)
 x = torch.zeros(2 if n == 3 and windows*copies > 1 else 1, data.shape[0], *patch)
-began = time.perf_counter()
+began, cpu = time.perf_counter(), time.process_time()
 with torch.inference_mode():
     for network in p.networks:
         for _ in range(-(-windows*copies//len(x))): network(x)
-print(json.dumps(time.perf_counter() - began))
+print(json.dumps([time.perf_counter() - began, time.process_time() - cpu, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1.024e-3]))
 '''
 
 def first_case(program, kind):
@@ -99,8 +99,8 @@ def first_case(program, kind):
         files = FewCases(SAMPLE).image_files(FewCases(SAMPLE).cases[0])
         run = subprocess.run([sys.executable, '-c', program, kind, str(model), folder, *map(str, files)], capture_output=True, text=True)
         if run.returncode: raise RuntimeError(run.stderr[-2000:])
-        seconds = json.loads(run.stdout.splitlines()[-1])
-    return dict(seconds=seconds, fastest=seconds, calls=1, unit='a first case')
+        seconds, cpu, peak = json.loads(run.stdout.splitlines()[-1])
+    return dict(seconds=seconds, fastest=seconds, cpu_seconds=cpu, calls=1, peak_mb=round(peak), unit='a first case')
 
 
 for kind in ('segnb', 'v1', 'v2'):

@@ -15,7 +15,7 @@ def model_of(dataset, folder, folds, planner='nnunet_v1', **features):
     for fold in folds:
         (folder/f'fold_{fold}').mkdir(parents=True)
         network = build_network(plans.configuration('3d_fullres'), len(plans.channels), dataset.labels.n_outputs, generator=torch.Generator().manual_seed(fold))
-        save_checkpoint(dict(format='segnb checkpoint 1', plans=plans.to_dict(), plans_identity=plans.identity(), configuration='3d_fullres', fold=fold, epoch=1,
+        save_checkpoint(dict(format='segnb checkpoint 1', plans=plans.to_dict(), plans_identity=plans.identity(), configuration='3d_fullres', fold=fold, epoch=1, settings={},
                              network=network.state_dict()), folder/f'fold_{fold}'/'checkpoint_final.pt')
     plans.save(folder/'plans.json')
     write_json(dataset.json, folder/'dataset.json')
