@@ -190,13 +190,13 @@ class PreprocessedCase:
     def _load(self, part):
         file = self.folder/f'{self.case}_{part}.npy'
         expected = self.properties.get('files', {}).get(file.name)
-        try: size = file.stat().st_size
-        except OSError: size = None
-        if size is None or (expected and size != expected[0]):
-            raise PreprocessingError('a preprocessed file is missing' if size is None else 'a preprocessed file has another size',
-                                     case=self.case, file=file, found=None if size is None else f'{size} bytes',
-                                     expected=expected and f'{expected[0]} bytes', fix='preprocess again: only what is damaged is remade')
-        return np.load(file, mmap_mode='r')
+        try:
+            size = file.stat().st_size
+            if not expected or size == expected[0]: return np.load(file, mmap_mode='r')
+        except (FileNotFoundError, NotADirectoryError): size = None # `np.load` too: a file may go between the two
+        raise PreprocessingError('a preprocessed file is missing' if size is None else 'a preprocessed file has another size',
+                                 case=self.case, file=file, found=None if size is None else f'{size} bytes',
+                                 expected=expected and f'{expected[0]} bytes', fix='preprocess again: only what is damaged is remade')
 
     @property
     def data(self)->np.ndarray: # (C, Z, Y, X) float32, a read-only memory map

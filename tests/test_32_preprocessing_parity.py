@@ -284,6 +284,17 @@ def test_a_damaged_file_is_found_named_and_remade(task, tmp_path, how):
     assert contents(tmp_path) == whole
 
 
+def test_a_file_that_goes_while_it_is_opened_is_missing(task, tmp_path, monkeypatch):
+    preprocess_dataset(*task, tmp_path, n_workers=0)
+    case, load = load_preprocessed(tmp_path/'3d_fullres')['c1'], np.load
+    def late(file, *args, **keywords):
+        file.unlink() # its size was looked at a moment ago
+        return load(file, *args, **keywords)
+    monkeypatch.setattr(np, 'load', late)
+    with pytest.raises(PreprocessingError, match='case c1, file .*c1_data.npy: a preprocessed file is missing; expected .* bytes; preprocess again'):
+        case.data
+
+
 RUN = ('import sys, segnb.preprocessing as p; from segnb.dataset import Dataset; from segnb.planning import Plans; import time\n'
        'one = p.preprocess_case\n'
        'def slow(*a): time.sleep(.4); return one(*a)\n'
