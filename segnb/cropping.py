@@ -113,8 +113,10 @@ def fill_holes(
     padded[1:-1, 1:, 1:] = mask
     flat = padded.reshape(-1)
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    from scipy import ndimage, sparse
-    if len(edges) > mask.size // 20: return ndimage.binary_fill_holes(mask) # noise: too many runs
+    if len(edges) > mask.size // 20: # noise: too many runs
+        from scipy import ndimage
+        return ndimage.binary_fill_holes(mask)
+    from scipy import sparse
     starts, stops = np.append(0, edges[1::2]), np.append(edges[::2], flat.size)
     shifts = x + 1, (x + 1) * (y + 1) # to the next line, to the next slice
     pairs = np.concatenate([_touching(starts, stops, shift) for shift in shifts], axis=1)

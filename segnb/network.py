@@ -236,7 +236,11 @@ def initialize(
 def _build(kind, configuration, in_channels, n_outputs, deep_supervision, generator, options):
     "Make the modules without memory, then give them memory and weights"
     with torch.device('meta'): network = kind(configuration, in_channels, n_outputs, deep_supervision, **options) # shapes only
-    network.to_empty(device='cpu')
+    if torch.get_default_device().type == 'meta': return network # the caller wants no more
+    for module in network.modules(): # as `to_empty`, which imports symbolic mathematics first, a third of a second
+        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            made = torch.empty(tensor.shape, dtype=tensor.dtype)
+            setattr(module, name, nn.Parameter(made) if isinstance(tensor, nn.Parameter) else made)
     initialize(network, generator)
     if network.channels_last: network.to(memory_format=torch.channels_last_3d if len(network.divisor) == 3 else torch.channels_last)
     return network
