@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'CONVENTION', 'MetricsError', 'Convention', 'evaluate_case', 'dice', 'surface_distances', 'hausdorff95',
-           'average_surface_distance', 'surface_dice', 'find_lesions', 'bootstrap_interval', 'evaluate_folder',
-           'format_table', 'v1_scores', 'write_v1_summary', 'Comparison', 'compare_results', 'compare_folders']
+           'average_surface_distance', 'surface_dice', 'find_lesions', 'bootstrap_interval', 'label_files',
+           'evaluate_folder', 'format_table', 'v1_scores', 'write_v1_summary', 'Comparison', 'compare_results',
+           'compare_folders']
 
 # %% ../nbs/60_metrics.ipynb #a0bf1eda
-import datetime, functools, hashlib, json, math, textwrap
+import datetime, functools, hashlib, json, math, re, textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 from fastcore.basics import patch
 
-from .image import IMAGE_ENDINGS, SegnbError, read_label_map, whole_file
+from .image import SegnbError, image_ending, read_label_map, whole_file
 from .workers import keyed_rng, parallel_map, write_json
 
 # %% ../nbs/60_metrics.ipynb #572ba38d
@@ -371,21 +372,30 @@ def _intervals(cases, means, foreground):
     return means, foreground | {'interval': {m: of(m, front) for m in metrics} if front else {}}
 
 # %% ../nbs/60_metrics.ipynb #7c56d15f
-def _label_files(
-    folder,      # Where label maps lie
+def label_files(
+    folder,      # Folder of label maps
     ending=None, # Only files that end so; None: every format that is known
+    beside:tuple=('entropy', 'margin', 'probability'), # Maps of how sure a network was, `<case>_<name>...`: passed over beside their case
 )->dict:         # {case: Path}, sorted; other files are passed over
-    "Find the label maps of a folder; raises `MetricsError` for no folder or two files of one case"
-    if not Path(folder).is_dir(): raise MetricsError('this is not a folder', file=folder)
-    files = {}
-    for file in sorted(Path(folder).iterdir()):
-        its = next((e for e in ([ending] if ending else IMAGE_ENDINGS) if file.name.lower().endswith(e.lower())), None)
-        if its is None or file.name.startswith('.'): continue
-        case = file.name[:-len(its)]
-        if case in files:
-            raise MetricsError('two files for one case', case=case, file=file, found=files[case].name, fix='keep one')
+    "Find the label maps of a folder, named by case; raises `MetricsError` for no folder, no label map, or two of one case"
+    folder, files = Path(folder), {}
+    if not folder.is_dir(): raise MetricsError('this is not a folder', file=folder, found='a file' if folder.exists() else 'nothing of that name', expected='a folder of label maps')
+    for file in sorted(folder.glob('[!.]*')):
+        its = image_ending(file) if ending is None else file.name[-len(ending):] if file.name.lower().endswith(ending.lower()) else ''
+        if not its: continue
+        if (case := file.name.removesuffix(its)) in files:
+            raise MetricsError('two files for one case', case=case, file=folder, found=f'{files[case].name} and {file.name}', fix='keep one')
         files[case] = file
+    def is_map(case): return (m := re.fullmatch(f"(.+)_({'|'.join(beside)})(_.+)?", case)) and m[1] in files
+    files = {case: file for case, file in files.items() if not is_map(case)}
+    if not files: raise MetricsError('no label maps here', file=folder, found=_what_else(folder), expected=f'files like <case>{ending or ".nii.gz"}')
     return files
+
+def _what_else(folder):
+    "What a folder without label maps holds, in words"
+    there = sorted(f.name for f in folder.glob('[!.]*'))
+    below = [f.name for f in sorted(folder.glob('[!.]*')) if f.is_dir() and any(map(image_ending, f.iterdir()))]
+    return f"label maps only in its {', '.join(below[:3])}" if below else ', '.join(there[:3]) + ', ...' * (len(there) > 3) if there else 'nothing'
 
 # %% ../nbs/60_metrics.ipynb #3e0d7fa3
 def _pair_files(
@@ -395,14 +405,16 @@ def _pair_files(
     ending=None, # Only files that end so
 )->list:        # (case, reference file, prediction file), sorted by case
     "Match files by case; raises `MetricsError` that names every case without a partner"
-    ours, theirs = _label_files(prediction, ending), _label_files(reference, ending)
+    theirs, ours = label_files(reference, ending), label_files(prediction, ending)
     wanted = set(theirs) | set(ours) if cases is None else set(cases)
-    if not wanted:
-        raise MetricsError('no label maps here', file=reference, expected=f'files ending in {ending or ", ".join(IMAGE_ENDINGS)}')
-    gaps = [f'no {kind} for {", ".join(missing)}' for files, kind in ((ours, 'prediction'), (theirs, 'reference'))
-            if (missing := sorted(wanted - set(files)))]
+    if not wanted: raise MetricsError('no cases to score', expected='one name at least')
+    def some(names): return ', '.join(sorted(names)[:5]) + f', ... ({len(names)} in all)' * (len(names) > 5)
+    if cases is None and not set(theirs) & set(ours):
+        raise MetricsError('the folders share no case', file=prediction, found=f'predictions of {some(ours)}; references of {some(theirs)} in {reference}',
+                           expected='the same file names in both', fix='name the folders of one data set')
+    gaps = [f'no {kind} for {some(missing)}' for files, kind in ((ours, 'prediction'), (theirs, 'reference')) if (missing := wanted - set(files))]
     if gaps: raise MetricsError('the folders do not hold the same cases', file=prediction, found='; '.join(gaps),
-                                expected=f'the cases of {reference}', fix='add the files, or name the cases to score')
+                                expected=f'the cases of {reference}', fix='add the files, or name the cases to score (--cases)')
     return [(case, theirs[case], ours[case]) for case in sorted(wanted)]
 
 

@@ -4,19 +4,18 @@
 
 # %% auto #0
 __all__ = ['PostprocessingError', 'keep_largest_component', 'removed_figure', 'Postprocessing', 'determine_postprocessing',
-           'label_files', 'validation_files', 'consolidate_folds', 'apply_postprocessing']
+           'validation_files', 'consolidate_folds', 'apply_postprocessing']
 
 # %% ../nbs/70_postprocessing.ipynb #77712d1c
-import ast, operator, re, warnings
+import ast, operator, warnings
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import numpy as np
 from fastcore.basics import patch
-from .export import MAPS
 from .image import SegnbError, image_ending, read_label_map, write_label_map
 from .labels import Labels
-from .metrics import evaluate_case, evaluate_folder
+from .metrics import evaluate_case, evaluate_folder, label_files
 from .workers import check_writable, parallel_map, read_json, remove_stale_parts, write_json
 
 # %% ../nbs/70_postprocessing.ipynb #142fc474
@@ -162,7 +161,7 @@ def determine_postprocessing(
     n_workers:int=None,        # Processes; 0: this one; None: the machine decides
     progress=True,             # A bar on a terminal; False: none
 )->Postprocessing:             # The decision, with the scores
-    "Decide where keeping the largest piece raises the mean Dice of cases; raises `PostprocessingError`"
+    "Decide where keeping the largest piece raises the mean Dice of cases; raises `SegnbError`"
     files, (names, ignore) = _predicted(predictions), _names(_declared(predictions, labels))
     pairs, everything = _pairs(files, reference), tuple(names)
     def mapped(fn, *more):
@@ -243,22 +242,6 @@ def _kept_sizes(task):
 def _smallest(sizes, entries):
     "{entry: smallest size over all cases}, single labels by their number; an entry that no case has gets 0, which removes nothing"
     return {e[0] if len(e) == 1 else e: min((d[e] for d in sizes if e in d), default=0.) for e in entries}
-
-# %% ../nbs/70_postprocessing.ipynb #f3e1a344
-def label_files(
-    folder, # Folder of label maps
-)->dict:    # {case: Path}, sorted
-    "Find the label maps of a folder, named by case; maps of how sure the network was are passed over; raises `PostprocessingError` for none, or two of one case"
-    files = {}
-    for file in sorted(Path(folder).glob('[!.]*')):
-        if not (ending := image_ending(file)): continue
-        if (case := file.name.removesuffix(ending)) in files:
-            raise PostprocessingError('two files for one case', case=case, file=folder, found=f'{files[case].name} and {file.name}', fix='keep one')
-        files[case] = file
-    def is_map(case): return (m := re.fullmatch(f"(.+)_({'|'.join(MAPS)})(_.+)?", case)) and m[1] in files
-    files = {case: file for case, file in files.items() if not is_map(case)}
-    if not files: raise PostprocessingError('no label maps here', file=folder, expected='files like <case>.nii.gz')
-    return files
 
 # %% ../nbs/70_postprocessing.ipynb #426e530b
 @patch
