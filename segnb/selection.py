@@ -102,8 +102,9 @@ def _find_configurations(models, wanted, folds):
     return found, left_out
 
 def _said(folder):
-    "The cases of a validation folder that have a label map"
-    return {f.name.removesuffix(end) for f in folder.glob('[!.]*') if (end := image_ending(f))} if folder.is_dir() else set()
+    "{case: which writing} of the label maps of a validation folder"
+    files = {f.name.removesuffix(end): f.stat() for f in folder.glob('[!.]*') if (end := image_ending(f))} if folder.is_dir() else {}
+    return {case: (s.st_ino, s.st_mtime_ns) for case, s in files.items()}
 
 def _missing(model, folds, probabilities):
     "{fold: cases without an answer, or without the probabilities that an ensemble needs}; folds that lack nothing are left out"
@@ -162,18 +163,19 @@ def _same_cases(pooled):
                                        expected='one split for all configurations', fix='train them with the same splits.json')
 
 def _predict_missing(models, preprocessed, names, folds, probabilities, say, options):
-    "Validate what was not, and predict again where the probabilities were not kept; {configuration: number of cases}"
+    "Validate what was not, and predict again where the probabilities were not kept; {configuration: number of cases written}"
     gaps = {name: gap for name in names if (gap := _missing(models/name, folds, probabilities))}
     for name, gap in gaps.items():
         n, seconds = sum(map(len, gap.values())), _seconds_a_case(models/name)
         lasts = f', about {_duration(n*seconds)} at {seconds:.1f} s a case as last time' if seconds and n else ''
         said = f"{n} cases of fold %s have no {'probabilities' if probabilities else 'label map'} yet; they are predicted now{lasts}" if n else 'fold %s is scored again: the network is newer than its scores'
         say(f'{name}: ' + said % ', '.join(map(str, gap)))
-    for name, gap in gaps.items():
-        for fold in gap:
-            before = _as_before(models/name/f'fold_{fold}'/'validation')
-            validate_fold(models/name, fold, preprocessed, save_probabilities=probabilities, overwrite=False, **before | options)
-    return {name: sum(map(len, gap.values())) for name, gap in gaps.items()}
+    def validate(name, fold):
+        folder = models/name/f'fold_{fold}'/'validation'
+        asked, there = _as_before(folder), _said(folder)
+        validate_fold(models/name, fold, preprocessed, save_probabilities=probabilities, overwrite=False, **asked | options)
+        return sum(there.get(case) != new for case, new in _said(folder).items()) # of a network that changed also those that had an answer
+    return {name: sum(validate(name, fold) for fold in gap) for name, gap in gaps.items()}
 
 # %% ../nbs/72_selection.ipynb #e8f437fe
 @dataclass(frozen=True)

@@ -222,7 +222,10 @@ def test_missing_answers_are_announced_before_the_first_prediction_and_asked_as_
     made = {'step_size': .7, 'precision': 'fp32', 'mirror_axes': [0, 2], 'whole_image': False, 'export_order': 3, 'weights': 'abc'}
     (tmp_path/'2d'/'fold_0'/'validation'/'made_with.json').write_text(json.dumps(made))
     said, asked = [], []
-    monkeypatch.setattr(selection, 'validate_fold', lambda model, fold, preprocessed, **how: asked.append((len(said), model.name, fold, how)))
+    def validate(model, fold, preprocessed, **how):
+        asked.append((len(said), model.name, fold, how))
+        for file in (model/f'fold_{fold}'/'validation').glob('*.nii.gz'): file.unlink(), file.write_text('new')
+    monkeypatch.setattr(selection, 'validate_fold', validate)
     done = selection._predict_missing(tmp_path, tmp_path, ['2d', '3d_fullres'], FOLDS, True, said.append, {'device': 'cpu'})
     assert done == {'2d': 6} and len(said) == 1 and '6 cases of fold 0, 1' in said[0] and 'about 60 s at 10.0 s a case' in said[0]
     assert [a[:3] for a in asked] == [(1, '2d', 0), (1, '2d', 1)]
@@ -236,8 +239,10 @@ def test_scores_that_are_older_than_the_network_are_made_anew(tmp_path, monkeypa
     monkeypatch.setattr(selection, 'load_checkpoint', lambda file: {'val_cases': ['case_10', 'case_11']})
     monkeypatch.setattr(selection, 'validate_fold', lambda *_, **__: None)
     said = []
-    assert selection._predict_missing(tmp_path, tmp_path, ['2d'], FOLDS, True, said.append, {}) == {'2d': 0}
+    assert selection._predict_missing(tmp_path, tmp_path, ['2d'], FOLDS, True, said.append, {}) == {'2d': 0} # the answers were this network's
     assert said == ['2d: fold 1 is scored again: the network is newer than its scores']
+    monkeypatch.setattr(selection, 'validate_fold', lambda model, fold, *_, **__: (model/f'fold_{fold}'/'validation'/'case_10.nii.gz').write_text('another answer'))
+    assert selection._predict_missing(tmp_path, tmp_path, ['2d'], FOLDS, True, said.append, {}) == {'2d': 1} # what was written is counted
 
 
 def test_models_of_different_labels_are_refused_before_anything_is_predicted(tmp_path):
