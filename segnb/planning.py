@@ -40,6 +40,7 @@ class Planner:
     base_num_features = 32       # features of the first stage
     max_num_features = 320       # features never exceed this in 3D
     max_num_features_2d = 480    # and this in 2D
+    architecture = 'residual'    # kind of network where `blocks` gives any; 'plain' where it gives none
     reference = 520e6*32/30      # feature map values that each of two 3D samples may hold
     reference_2d = 19739648*50/2 # the same for each of two slices
     reference_gb = 8             # GB of graphics memory that both stand for
@@ -291,8 +292,7 @@ class Configuration:
         if tuple(math.prod(k[a] for k in pools) for a in range(n)) != halved:
             _refuse(where, 'pool_op_kernel_sizes', pools, f'a product of {halved}, as num_pool_per_axis says')
         if len(kernels) != len(pools) + 1: _refuse(where, 'conv_kernel_sizes', kernels, f'{len(pools) + 1} rows')
-        if any(p % h for p, h in zip(self.patch_size, halved)):
-            _refuse(where, 'patch_size', self.patch_size, f'multiples of {halved}')
+        if any(p % h for p, h in zip(self.patch_size, halved)): _refuse(where, 'patch_size', self.patch_size, f'multiples of {halved}')
         for key, blocks, count in (('blocks_per_stage_encoder', self.blocks_per_stage_encoder, len(kernels)),
                                    ('blocks_per_stage_decoder', self.blocks_per_stage_decoder, len(pools))):
             free = self.architecture == 'plain_v2'                             # null there: two convolutions a stage
@@ -469,7 +469,7 @@ def _configure(name, spacing, original, median, counts, planner, gb):
         name=name, patch_size=t.patch_size, batch_size=batch, spacing=spacing, median_shape=[round(n) for n in shape],
         num_pool_per_axis=t.num_pool_per_axis, pool_op_kernel_sizes=t.pool_op_kernel_sizes,
         conv_kernel_sizes=t.conv_kernel_sizes, do_dummy_2d_data_aug=planner.dummy_2d(t.patch_size),
-        base_num_features=base, max_num_features=most, architecture='residual' if blocks[0] else 'plain',
+        base_num_features=base, max_num_features=most, architecture=planner.architecture if blocks[0] else 'plain',
         blocks_per_stage_encoder=blocks[0], blocks_per_stage_decoder=blocks[1])
     start = planner.start_patch(spacing[axes], shape[axes])
     return fields, dict(start=start, limit=limit, steps=[step._asdict() for step in t.steps], by_memory=by_memory, by_dataset=by_dataset)
@@ -612,7 +612,8 @@ def _explain_network(c):
     "List the stages of the encoder, with the reason of each halving that is not made"
     lines, first = [], 3 - c.dimensions
     for i, (size, mm, features, kernel, pool) in enumerate(_stages(c)):
-        blocks = f', {c.blocks_per_stage_encoder[i]} residual blocks' if c.blocks_per_stage_encoder else ''
+        unit = 'convolutions' if c.architecture == 'plain_v2' else 'residual blocks'
+        blocks = f', {c.blocks_per_stage_encoder[i]} {unit}' if c.blocks_per_stage_encoder else ''
         why = ''.join(f'; {w}' for w in _waits(size, mm, pool, first))
         then = f'then halve by {_by(pool)}' if max(pool) > 1 else 'the bottleneck'
         lines.append(f'  stage {i}: {_by(size)} voxels of {_by(mm)} mm, {features} features, kernel {_by(kernel)}{blocks}, {then}{why}')
@@ -691,7 +692,7 @@ def _draw_stage(ax, c, i, stage, apart):
     size, mm, features, kernel, pool = stage
     last, residual, box = len(c.pool_op_kernel_sizes), c.blocks_per_stage_encoder, dict(boxstyle='round,pad=0.35', facecolor=label_color(2), edgecolor='#777777', alpha=.35)
     def several(n, what): return f"{n} {what}{'s' if n > 1 else ''}"
-    down = several(residual[i], 'block') if residual else '2 convolutions'
+    down = several(residual[i], 'convolution' if c.architecture == 'plain_v2' else 'block') if residual else '2 convolutions'
     boxes = [(-apart if i < last else 0, f'{down} {_by(kernel)}')]
     if i < last: # a plain decoder convolves with the kernel of the stage below, that of a residual network with its own
         up = several(c.blocks_per_stage_decoder[last - 1 - i], 'convolution') if residual else '2 convolutions'
@@ -765,7 +766,7 @@ class ResidualPlanner(Planner):
 # %% ../nbs/24_planning.ipynb #17021a95
 class ResEncPlanner(ResidualPlanner):
     "Plan residual encoders by the rules of nnU-Net v2; presets for 8, 24 and 40 GB"
-    rule, max_num_features_2d = 'v2', 512
+    rule, max_num_features_2d, architecture = 'v2', 512, 'residual_v2'
     encoder_blocks = 1, 3, 4, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6
     batches = {3: 2, 2: 12}   # samples that the limit stands for, in 3D and in 2D
 
@@ -837,6 +838,7 @@ def _planner_for(plans, c, wishes, planner):
     "Give a planner with the features of this configuration"
     found = copy.copy(_budget(planner or plans.planner, plans.memory_gb)[0])
     found.base_num_features = wishes.get('base_num_features', c.base_num_features)
+    if c.blocks_per_stage_encoder: found.architecture = c.architecture
     setattr(found, 'max_num_features' if c.dimensions == 3 else 'max_num_features_2d', wishes.get('max_num_features', c.max_num_features))
     return found
 

@@ -105,7 +105,7 @@ def test_plan_for_more_memory_by_presets_and_after_another_data_set(ct, segnb, t
     def cost(p): return np.prod(p.configuration('3d_fullres').patch_size) * p.configuration('3d_fullres').batch_size
     assert cost(small) <= cost(large) and (small.memory_gb, large.memory_gb) == (4, 80)
     residual = planned('--planner', 'resenc_l')
-    assert residual.configuration('3d_fullres').architecture == 'residual' and residual.memory_gb == 24
+    assert residual.configuration('3d_fullres').architecture == 'residual_v2' and residual.memory_gb == 24
     imposed = planned('--overwrite-plans', ct.preprocessed/'plans.json')
     mine = Plans.load(ct.preprocessed/'plans.json').configuration('3d_fullres')
     assert imposed.configuration('3d_fullres').patch_size == mine.patch_size and imposed.configuration('3d_fullres').spacing == mine.spacing
