@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODES', 'PredictionError', 'PredictionWarning', 'Folds', 'Predictor', 'unlike_training', 'label_map_to_original_grid',
-           'Relay', 'case_sentence']
+           'cases_to_predict', 'Relay', 'case_sentence']
 
 # %% ../nbs/64_prediction.ipynb #727d004d
 import contextlib, ctypes, glob, hashlib, inspect, json, mmap, queue, sys, tempfile, threading, warnings, zipfile
@@ -476,8 +476,12 @@ def _channels_told(source):
         named = (about.get('channel_names') or about.get('modality')) if isinstance(about, dict) else None
         if isinstance(named, dict) and all(k.isdigit() for k in named): return [str(named[k]) for k in sorted(named, key=int)]
 
-def _cases_of(source, plans, file_ending):
-    "{case: files in the order of the model}"
+def cases_to_predict(
+    source,                    # Folder with `<case>_0000.nii.gz`, ..., or {case: files}
+    plans:Plans,               # Of the model: names of its channels, in order
+    file_ending:str='.nii.gz', # Ending of the images; None: any image
+)->dict:                       # {case: files in the order of the model}, sorted by case
+    "Find the images that a model is to be asked about; a dataset.json in or above the folder may name their channels; raises `SegnbError`"
     if isinstance(source, Mapping): return {str(case): _in_order(files, None, plans.channels) for case, files in source.items()}
     source, wanted = Path(source), [c.lower() for c in plans.channels]
     told = _channels_told(source) or plans.channels
@@ -490,6 +494,9 @@ def _cases_of(source, plans, file_ending):
     if words: warnings.warn(words, PredictionWarning, stacklevel=4)
     return cases
 
+_cases_of = cases_to_predict # its former name
+
+# %% ../nbs/64_prediction.ipynb #8a6af772
 @patch
 def _jobs(self:Predictor, source, out, file_ending, previous, part_id, num_parts):
     "The cases of this part"
@@ -497,7 +504,7 @@ def _jobs(self:Predictor, source, out, file_ending, previous, part_id, num_parts
     if self.configuration.previous_stage and previous is None:
         raise PredictionError('the second stage of a cascade needs the label maps of the first', expected=f'previous: a folder with predictions of {self.configuration.previous_stage}')
     jobs = []
-    for case, files in list(_cases_of(source, self.plans, file_ending).items())[part_id::num_parts]:
+    for case, files in list(cases_to_predict(source, self.plans, file_ending).items())[part_id::num_parts]:
         before = None if previous is None else next((f for e in dict.fromkeys((file_ending or '.nii.gz', *IMAGE_ENDINGS)) if (f := Path(previous)/f'{case}{e}').exists()), Path(previous)/f'{case}.nii.gz')
         jobs.append(_Job(case, files, before, Path(out)/f"{case}{file_ending or '.nii.gz'}"))
     lost = [j.case for j in jobs if j.previous and not j.previous.exists()]
@@ -509,6 +516,17 @@ def _products(job, save_probabilities, maps):
     "Patterns of the files that make a case complete, the label map last"
     stem = _stem(job.target)
     return [*([f'{stem}.npz'] if save_probabilities else []), *(f'{stem}_{m}*' for m in maps), job.target.name]
+
+def _clear(out, failed):
+    "Remove what failed cases left half-made, and the note where nobody has answered"
+    for job in failed:
+        for name in _products(job, True, MAPS) if not job.target.exists() else ():
+            for file in out.glob(_literal(name)): file.unlink(missing_ok=True)
+    if failed and not any(image_ending(f) for f in out.iterdir()): (out/'made_with.json').unlink(missing_ok=True)
+
+def _note(out, made):
+    "Say who answers, beside the answers"
+    if not (out/'made_with.json').exists(): write_json(made, out/'made_with.json')
 
 def _is_done(job, save_probabilities, maps):
     return all(any(job.target.parent.glob(_literal(name))) for name in _products(job, save_probabilities, maps))
@@ -530,7 +548,8 @@ def _claim(self:Predictor, out, jobs, overwrite):
     elif known is None:
         there = [j.case for j in jobs if j.target.exists()]
         if there: warnings.warn(f"{out}: {len(there)} label maps are there, and nothing says who made them ({', '.join(there[:3])}, ...); they stay", PredictionWarning, stacklevel=4)
-    elif known != made and any(image_ending(f) for f in out.iterdir()):
+    elif known != made and not any(image_ending(f) for f in out.iterdir()): note.unlink() # of nothing that is there
+    elif known != made:
         differs = '; '.join(f'{k} {known.get(k)} there, {made[k]} now' for k in made if known.get(k) != made[k])
         raise PredictionError('the folder holds answers of another model, or of another way of asking', file=out, found=differs, fix='choose another folder, or predict all again (overwrite=True, --overwrite)')
     return made
@@ -619,6 +638,7 @@ def predict_folder(self:Predictor,
     cluster = None if n_workers == 0 else current_executor() if executor is None else executor
     run = partial(self._run, n_workers=n_workers) if cluster is None else partial(self._run_there, cluster)
     failed = run(todo, out, made, progress, save_probabilities=save_probabilities, maps=maps)
+    _clear(out, [job for job in todo if job.case in failed])
     written = [job.target for job in jobs if job.case not in failed]
     if not failed: return written
     error = PredictionError(f'{len(failed)} of {len(jobs)} cases failed' + f', the others are in {out}'*(len(failed) < len(jobs)) + ':\n  ' + '\n  '.join(failed.values()))
@@ -637,8 +657,9 @@ def _run(self:Predictor, jobs, out, made, progress, n_workers, save_probabilitie
     failed, waiting = {}, None
     meanwhile = self._overlaps(n_workers)
     def write(slabs, job, ready):
-        if not (out/'made_with.json').exists(): write_json(made, out/'made_with.json')
+        _note(out, made)
         self.bring_home(slabs, ready.properties, ready.geometry, job.target, _beside(job.target) if save_probabilities else None, maps)
+        _note(out, made) # another part, whose cases all failed, may have removed it meanwhile
     def finish(job, wait):
         try: wait()
         except Exception as error: failed[job.case] = case_sentence(job.case, error)
@@ -701,10 +722,11 @@ class _Elsewhere:
     def __call__(self, job):
         try:
             with _turn:
-                p, note = self.predictor(), job.target.parent/'made_with.json'
+                p, out = self.predictor(), job.target.parent
                 ready = _read_ready(job, p.plans, p.configuration, p.labels, p.header)
-                if not note.exists(): write_json(self.made, note)
+                _note(out, self.made)
                 p.bring_home(p._ask(ready), ready.properties, ready.geometry, job.target, _beside(job.target) if self.save_probabilities else None, self.maps)
+                _note(out, self.made)
             return ready.words, None
         except Exception as error: return (), case_sentence(job.case, error)
 

@@ -221,7 +221,7 @@ def test_a_dataset_json_beside_the_images_names_their_channels(small, tmp_path):
     for c in range(2): shutil.copy(SAMPLE/'imagesTs'/'ct_010_0000.nii.gz', folder/f'a_{c:04d}.nii.gz')
     def found(named):
         (tmp_path/'raw'/'dataset.json').write_text(json.dumps({'channel_names': {str(i): n for i, n in enumerate(named)}}))
-        return [f.name for f in prediction._cases_of(folder, two, '.nii.gz')['a']]
+        return [f.name for f in prediction.cases_to_predict(folder, two, '.nii.gz')['a']]
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert found(['T1', 't2']) == ['a_0000.nii.gz', 'a_0001.nii.gz']
@@ -403,6 +403,41 @@ def test_a_network_or_a_disk_that_fails_in_the_middle(first, images, tmp_path, m
     monkeypatch.setattr(export, 'save_label_map', full)
     with pytest.raises(PredictionError, match='ct_010: .*No space left'): first.predict_folder(images, tmp_path/'out', overwrite=True, progress=False, n_workers=n_workers)
     assert names(tmp_path/'out') == ['ct_011.nii.gz', 'made_with.json']
+
+
+@pytest.mark.parametrize('n_workers', [0, 1])
+@pytest.mark.parametrize('where', ['read', 'network', 'disk'])
+def test_where_every_case_fails_nothing_half_made_stays(small, first, images, tmp_path, monkeypatch, where, n_workers):
+    def broken(*_, **__): raise RuntimeError('no luck')
+    whole = {f: f.read_bytes() for f in images.iterdir()}
+    if where == 'read':
+        for f in whole: f.write_bytes(whole[f][:2000])
+    elif where == 'network': monkeypatch.setattr(Predictor, 'predict_slabs', lambda self, *_: (broken() for _ in (0,)))
+    else: monkeypatch.setattr(export, 'save_label_map', broken) # the probabilities and maps are written before
+    how = dict(progress=False, n_workers=n_workers, save_probabilities=True, maps=('entropy',))
+    with pytest.raises(PredictionError, match='2 of 2 cases failed') as caught: first.predict_folder(images, tmp_path/'out', **how)
+    assert len(caught.value.failed) == 2 and not caught.value.written and names(tmp_path/'out') == []
+    monkeypatch.undo()
+    for f in whole: f.write_bytes(whole[f])
+    Predictor.from_folder(small[2], folds=0, **QUICK | dict(step_size=.9)).predict_folder(images, tmp_path/'out', **how) # another way of asking is not refused
+    assert json.loads((tmp_path/'out'/'made_with.json').read_text())['step_size'] == .9 and {'ct_010.nii.gz', 'ct_011.nii.gz', 'ct_011_entropy.nii.gz'} <= set(names(tmp_path/'out'))
+
+
+def test_a_note_without_answers_binds_nobody(small, first, images, tmp_path):
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'made_with.json').write_text('{"mode": "fast"}')
+    first.predict_folder(images, tmp_path/'out', progress=False)
+    assert json.loads((tmp_path/'out'/'made_with.json').read_text()) == json.loads(json.dumps(first.made_with()))
+    first.predict_folder(images, tmp_path/'out', progress=False)
+
+
+def test_what_others_made_stays_where_all_of_these_fail(first, images, tmp_path):
+    first.predict_folder(images, tmp_path/'out', progress=False)
+    before = stamps(tmp_path/'out')
+    shutil.copy(images/'ct_010_0000.nii.gz', images/'ct_012_0000.nii.gz')
+    (images/'ct_012_0000.nii.gz').write_bytes((images/'ct_012_0000.nii.gz').read_bytes()[:2000])
+    with pytest.raises(PredictionError, match='1 of 3'): first.predict_folder(images, tmp_path/'out', progress=False)
+    assert stamps(tmp_path/'out') == before
 
 
 def test_ctrl_c_leaves_whole_files_and_the_next_run_completes_them(first, images, tmp_path, monkeypatch):
