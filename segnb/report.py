@@ -6,7 +6,7 @@
 __all__ = ['ReportError', 'dot_rows', 'curves', 'sortable_table', 'slice_viewer', 'patch_in_case', 'choose_cases', 'write_report']
 
 # %% ../nbs/73_report.ipynb #1e35a633
-import base64, html, io, json, math, os
+import base64, html, io, json, math, os, re
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -804,9 +804,16 @@ def _plan_section(plans, name=None):
     return _section('plan', f'A patch sees {_seen(shown):.0%} of a median case', f'<div class="nests">{pictures}</div>{table}<div class="explained">{why}</div>',
                     'What was decided, and why. The network sees one patch at a time. Grey: the median case. Coloured: the patch.')
 
-def _missing_section(missing):
+def _from_here(text, folders):
+    "Words in which paths begin at the workspace, or at the data set: the page tells nobody where it was made"
+    homes = [f.parent.parent if f.parent.name in ('models', 'preprocessed', 'raw') else f.parent for f in map(Path, filter(None, folders))]
+    for home in sorted({h for f in homes for h in (os.path.abspath(f), str(f.resolve()))}, key=len, reverse=True):
+        if home != os.path.dirname(home): text = text.replace(home.rstrip(os.sep) + os.sep, '')
+    return re.sub(r'(?<![\w./:<])(?:/|[A-Za-z]:\\)[^\s;,:"\']+', lambda m: '.../' + re.split(r'[/\\]', m[0])[-1], text) # elsewhere: the name is enough
+
+def _missing_section(missing, folders=()):
     "What the page would show if it were there"
-    found = list(dict.fromkeys(missing))
+    found = list(dict.fromkeys((_from_here(what, folders), _from_here(how, folders)) for what, how in missing))
     return _section('missing', 'What is missing', '<ul class="missing">' + ''.join(f'<li><b>{_esc(what)}</b> <span>{_esc(how)}</span></li>' for what, how in found) + '</ul>',
                     'The page shows what is there. This would add to it:') if found else None
 
@@ -997,7 +1004,7 @@ def write_report(
         if plans is None: missing.append(('the plan', f'segnb plan {d.description.name}'))
         name, head = d.description.name, _data_head(d, plans, title)
         sections = [_data_section(d, plans), *_volume_sections(d, missing, n_workers, slices), _plan_section(plans)]
-    page = _page(title or name, head, [*sections, _missing_section(missing)], Path(target).resolve().name)
+    page = _page(title or name, head, [*sections, _missing_section(missing, (Path(target), raw, preprocessed, *map(_parent, folders)))], Path(target).resolve().name)
     check_writable(out.parent, len(page))
     with whole_file(out) as part: part.write_text(page, encoding='utf-8')
     return out

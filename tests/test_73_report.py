@@ -298,7 +298,9 @@ def test_damaged_files_are_named(made, tmp_path, file, content):
     model = shutil.copytree(made.model, tmp_path/'m')
     (model/file).write_text(content)
     text = write_report(model, tmp_path/'p.html', preprocessed=made.preprocessed, raw=made.raw, n_workers=0).read_text(encoding='utf-8')
-    assert Path(file).name in text.split('id="missing"')[1] and 'id="result"' in text
+    gone = text.split('id="missing"')[1]
+    assert Path(file).name in gone and 'id="result"' in text
+    assert not any(str(place) in gone for place in (tmp_path, made.base, Path.home())) # the page tells nobody where it was made
 
 
 def test_sections_whose_files_hold_something_else_are_left_out_and_said(made, tmp_path):
@@ -324,7 +326,17 @@ def test_spoilt_neighbours_do_not_cost_the_page(made, tmp_path, spoil, told):
     shutil.copytree(task/'3d_fullres', task/'2d')
     spoil(tmp_path)
     text = write_report(task, n_workers=0).read_text(encoding='utf-8')
-    assert 'id="result"' in text and told in text.split('id="missing"')[1]
+    gone = text.split('id="missing"')[1]
+    assert 'id="result"' in text and told in gone and str(tmp_path) not in gone and str(made.base) not in gone
+
+
+@pytest.mark.parametrize('told, shown', [
+    ('file {}/models/T/2d/plans.json: bad', 'file models/T/2d/plans.json: bad'), ('{}/raw/T/dataset.json and {}/preprocessed/T/x.npy', 'raw/T/dataset.json and preprocessed/T/x.npy'),
+    ('/elsewhere/mine/a.nii.gz is gone', '.../a.nii.gz is gone'), ('read from (/mnt/disk/a.nii.gz)', 'read from (.../a.nii.gz)'), ('found 1/2, CT/MR and T1/', 'found 1/2, CT/MR and T1/')])
+def test_paths_begin_at_the_workspace(tmp_path, told, shown):
+    from segnb.report import _from_here
+    folders = [tmp_path/'models'/'T', None, tmp_path/'raw'/'T']
+    assert _from_here(told.format(tmp_path, tmp_path), folders) == shown
 
 
 def test_more_slices_than_a_picture_can_hold(made, tmp_path):
