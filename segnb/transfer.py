@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['INPUTS', 'OUTPUTS', 'TransferError', 'match_names', 'adapt_inputs', 'adapt_outputs', 'Source', 'input_names',
            'output_names', 'read_source', 'Transfer', 'load_pretrained', 'misfits', 'transfer_plans', 'Pretrained',
-           'fine_tuning']
+           'fine_tuning', 'begun_with']
 
 # %% ../nbs/83_transfer.ipynb #39bc9829
-import copy, dataclasses, fnmatch, hashlib, html, json, math
+import copy, dataclasses, fnmatch, hashlib, html, json, math, os, tempfile
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
 from .callbacks import FreezeEncoder
-from .checkpoints import load_checkpoint
+from .checkpoints import CHECKPOINTS, load_checkpoint
 from .image import SegnbError
 from .labels import Labels
 from .planning import Plans, impose_plans, masks_for_norm, normalization_schemes
@@ -102,6 +102,8 @@ def _digest(weights):
         sha.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
+_BRING_IN = 'a model of nnU-Net itself is brought in first (segnb import-model, load_nnunet): name the folder that this makes'
+
 def _tensors(file):
     "A state_dict from a file of torch or safetensors, without running code from it"
     try:
@@ -110,8 +112,9 @@ def _tensors(file):
             return load_file(file)
         found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:
-        raise TransferError('the weights cannot be read safely', file=file, found=(str(error).splitlines() or [''])[0][:200],
-                            expected='a state_dict in a .pt or .safetensors file') from None
+        said, official = (str(error).splitlines() or [''])[0][:200], file.suffix in ('.model', '.pth', '.zip')
+        raise TransferError('the weights cannot be read safely', file=file, found='more than tensors' if 'Weights only' in said else said,
+                            expected='a state_dict in a .pt or .safetensors file', fix=_BRING_IN if official else None) from None
     for key in ('network', 'network_weights', 'state_dict', 'model_state_dict', 'model'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     return found
@@ -128,20 +131,23 @@ def _plain_names(weights, where):
 
 # %% ../nbs/83_transfer.ipynb #cde0b2c2
 def read_source(
-    source,                   # Model folder, fold folder, checkpoint, .pt or .safetensors file with a state_dict, or a state_dict
+    source,                   # Model folder, fold folder, checkpoint, model file (.segnb), .pt or .safetensors file with a state_dict, or a state_dict
     fold=None,                # Of a model folder; None: the first that is trained
     checkpoint:str='final',   # Of a folder: 'final', 'best' or 'latest'
 )->Source:
     "Read weights to start from, and what they are about where that is known; raises `TransferError`, `CheckpointError`"
     if isinstance(source, Source): return source
+    if not isinstance(source, (dict, str, os.PathLike)):
+        raise TransferError('this names no model', found=f'a {type(source).__name__}', expected='a folder, a file or a state_dict')
     if isinstance(source, dict):
         weights = _plain_names(source, None)
         return Source(weights, digest=_digest(weights))
     file = Path(source)
     if not file.exists():
         raise TransferError('there is no such model', file=file, expected='a model folder, a checkpoint, or weights in a .pt or .safetensors file')
+    if file.suffix == '.segnb': return _from_model_file(file, fold)
     if file.is_dir(): file = _fold_file(file, fold, checkpoint)
-    if not file.name.startswith('checkpoint_'):
+    if not file.name.startswith('checkpoint_') or file.suffix == '.pth':
         weights = _plain_names(_tensors(file), file)
         return Source(weights, where=file.name, digest=_digest(weights))
     state = load_checkpoint(file)
@@ -150,17 +156,29 @@ def read_source(
     where = f"{plans.dataset_name or 'a model'} {state['configuration']}, fold {state['fold']}, {file.name} of epoch {state['epoch']}"
     return Source(weights, input_names(plans, state['configuration'], labels), output_names(labels) if labels else None, where, plans, _digest(weights))
 
+def _from_model_file(file, fold):
+    "The weights of a model that travels as one file, which is verified and unpacked for a moment; its networks are called final"
+    from segnb.exchange import import_model
+    with tempfile.TemporaryDirectory() as folder: return read_source(import_model(file, Path(folder)/file.stem), fold)
+
+_OFFICIAL = '*.model', 'checkpoint_*.pth', 'fold_*/*.model', 'fold_*/checkpoint_*.pth', '*/fold_*/*.model', '*/fold_*/checkpoint_*.pth' # of nnU-Net itself
+
 def _fold_file(folder, fold, checkpoint):
     "The checkpoint of a folder"
     found = {f.parent.name[5:]: f for f in sorted(folder.glob(f'fold_*/checkpoint_{checkpoint}.pt'))}
     if not found: found = {None: f for f in folder.glob(f'checkpoint_{checkpoint}.pt')}
     wanted = next(iter(found), None) if fold is None else str(fold)
     if wanted in found: return found[wanted]
+    within, fix = [f.parent.name for f in sorted(folder.glob('*/plans.json'))], 'train it, or choose another fold or checkpoint'
+    if any(any(folder.glob(p)) for p in _OFFICIAL): fix = _BRING_IN
+    elif within and not found: fix = f'name one of its configurations, such as {folder/within[-1]}'
     raise TransferError(f'there is no checkpoint_{checkpoint}.pt' + f' of fold {fold}' * (fold is not None), file=folder,
-                        found=f"folds {', '.join(map(str, found)) or 'none'}",
-                        expected='a trained model, models/TaskXXX/3d_fullres', fix='train it, or choose another fold or checkpoint')
+                        found=f"configurations {', '.join(within)}" if within and not found else f"folds {', '.join(map(str, found)) or 'none'}",
+                        expected='a trained model, models/TaskXXX/3d_fullres', fix=fix)
 
 # %% ../nbs/83_transfer.ipynb #f3378774
+_IMPOSE = 'impose the plan of the source on the data set (transfer_plans; segnb plan --overwrite-plans), so that both are alike'
+
 @dataclass(repr=False)
 class Transfer:
     "What was taken over from a source, adapted, or left, weight by weight"
@@ -190,7 +208,8 @@ class Transfer:
     def _summary(self):
         total = sum(map(self.count, ('taken', 'adapted', 'left'))) or 1
         shares = ', '.join(f'{self.count(f) / total:.1%} {f}' for f in ('taken', 'adapted', 'left'))
-        return f'{shares} of {total} numbers' + f'; {len(self.unused)} weights of the source went nowhere' * bool(self.unused)
+        nowhere, few = len(self.unused), 2 * self.count('left') > total
+        return f'{shares} of {total} numbers' + f'; {nowhere} weights of the source went nowhere' * bool(nowhere) + f'; most begins anew: {_IMPOSE}' * few
 
     def _head(self):
         ends = (('channels', self.channels), ('outputs', self.outputs))
@@ -223,25 +242,31 @@ class _Meaning:
     theirs:list    # The same of the source
     match:list     # Index in the source for each of ours; None: not known
     without:str    # What becomes of those without a match
+    named:bool     # Whether the patterns name weights of this network; else sizes must tell
+    used:bool=True # Whether a weight that they name came over
 
     def concerns(self, name, a, b):
         "Whether a weight of shape `a` here and `b` there is to be laid out anew"
         if self.match is None or self.match == list(range(len(self.theirs))) or not len(a) == len(b) > self.axis: return False
         if (a[self.axis], b[self.axis]) != (len(self.match), len(self.theirs)): return False
         if any(p != q for i, (p, q) in enumerate(zip(a, b)) if i != self.axis): return False
-        return a != b or any(fnmatch.fnmatch(name, p) for p in self.patterns)
+        return self.names(name) if self.named else a != b
+
+    def names(self, name): return any(fnmatch.fnmatch(name, p) for p in self.patterns)
 
     def told(self):
         "What became of each name"
+        if not self.used: return [(str(n), 'new') for n in self.ours or []]
         if self.match is None: return [(str(n), 'by its place') for n in self.ours or []]
         return [(str(n), str(self.theirs[i]) if i is not None else 'zero at first' if self.is_mask(n) else self.without) for n, i in zip(self.ours, self.match)]
 
     def is_mask(self, name): return self.axis == 1 and str(name).startswith(_MASK) # of the stage before, in a cascade
 
+def _sizes(shape): return '×'.join(map(str, shape)) or 'a number'
+
 def _new_weight(name, ours, theirs, meanings, new):
     "(tensor or None, fate, how) of one weight"
     a, b = tuple(ours.shape), tuple(theirs.shape)
-    def sizes(s): return '×'.join(map(str, s)) or 'a number'
     if ours.is_floating_point() != theirs.is_floating_point(): return None, 'left', f'{theirs.dtype} there, {ours.dtype} here'
     for m in meanings:
         if not m.concerns(name, a, b): continue
@@ -251,7 +276,7 @@ def _new_weight(name, ours, theirs, meanings, new):
         for c, (called, i) in enumerate(zip(m.ours, m.match)):
             if i is None and m.is_mask(called): made[:, c] = 0 # so that the network begins as if the stage before had said nothing
         return made, 'adapted', f'{len(m.theirs)} {what} there, {len(m.match)} here, {found} of one name'
-    if a != b: return None, 'left', f'{sizes(b)} there'
+    if a != b: return None, 'left', f'{_sizes(b)} there'
     return theirs, 'taken', ''
 
 # %% ../nbs/83_transfer.ipynb #437821fb
@@ -274,20 +299,18 @@ def load_pretrained(
     "Start from another network's weights, matched by name and shape, channels and classes by their names; raises `TransferError`"
     if new_channels not in ('average', 'new'): raise TransferError('new_channels cannot be used', found=repr(new_channels), expected="'average' or 'new'")
     found, own = read_source(source, fold, checkpoint), network.state_dict()
-    meanings = [_meaning(1, inputs, channels, source_channels or found.channels, rename, 'the average of all' if new_channels == 'average' else 'new'),
-                _meaning(0, outputs, _names(labels), _names(source_labels) or found.outputs, rename, 'new')]
+    meanings = [_meaning(1, inputs, own, channels, source_channels or found.channels, rename, 'the average of all' if new_channels == 'average' else 'new'),
+                _meaning(0, outputs, own, _names(labels), _names(source_labels) or found.outputs, rename, 'new')]
     _check_rename(rename, meanings)
-    result = Transfer(found.where, found.digest, channels=meanings[0].told(), outputs=meanings[1].told(),
-                      unused=[name for name in found.weights if name not in own])
+    result = Transfer(found.where, found.digest, unused=[name for name in found.weights if name not in own])
     made = {}
     for name, ours in own.items():
         made[name], fate, how = None, 'left', 'no weight of this name there'
         if name in found.weights: made[name], fate, how = _new_weight(name, ours, found.weights[name], meanings, new_channels)
         result.rows.append({'name': name, 'shape': list(ours.shape), 'fate': fate, 'how': how})
-    if not result.count('taken') + result.count('adapted'):
-        raise TransferError('no weight of the source fits this network', file=found.where, found=', '.join(list(found.weights)[:3]),
-                            expected=', '.join(list(own)[:3]),
-                            fix='impose the plan of the source on the data set (transfer_plans; segnb plan --overwrite-plans), so that both are alike')
+    if not result.count('taken') + result.count('adapted'): _refuse_all(found, own)
+    for m in meanings: m.used = not m.named or any(r['fate'] != 'left' for r in result.rows if m.names(r['name']) and len(r['shape']) > m.axis)
+    result.channels, result.outputs = (m.told() for m in meanings)
     for name, tensor in made.items():
         if tensor is not None: own[name].copy_(tensor)
     return result
@@ -295,11 +318,18 @@ def load_pretrained(
 # %% ../nbs/83_transfer.ipynb #7c5ffc74
 def _names(labels): return output_names(labels) if isinstance(labels, Labels) else list(labels) if labels is not None else None
 
-def _meaning(axis, patterns, ours, theirs, rename, without):
+def _meaning(axis, patterns, weights, ours, theirs, rename, without):
     "Match the names of one end of the network; nothing is matched where one side is not known"
     patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    if ours is None or theirs is None: return _Meaning(axis, patterns, ours and list(ours), theirs and list(theirs), None, without)
-    return _Meaning(axis, patterns, list(ours), list(theirs), match_names(ours, theirs, rename), without)
+    match = None if ours is None or theirs is None else match_names(ours, theirs, rename)
+    return _Meaning(axis, patterns, ours and list(ours), theirs and list(theirs), match, without, any(fnmatch.filter(weights, p) for p in patterns))
+
+def _refuse_all(source, own):
+    "Say that nothing fits, by a weight that both have, or by names"
+    def said(weights, names): return ', '.join(f'{n} of {_sizes(weights[n].shape)}' for n in names)
+    both = [n for n in own if n in source.weights][:1]
+    raise TransferError('no weight of the source fits this network', file=source.where, found=said(source.weights, both or list(source.weights)[:3]),
+                        expected=said(own, both or list(own)[:3]), fix=_IMPOSE)
 
 def _check_rename(rename, meanings):
     "Refuse a translation of which one side is nowhere"
@@ -383,20 +413,23 @@ class Pretrained:
         source,           # As `read_source` takes it
         asked:dict=None,  # Kept in the record, so that a continued run can be asked the same
         **options,        # For `load_pretrained`: fold, checkpoint, rename, new_channels, ...
-    ): self.source, self.options, self.asked, self.transfer, self.done = source, options, asked or {}, None, {}
+    ):
+        self.source, self.options, self.transfer, self.done, self.held = source, options, None, {}, None
+        self.asked = {'source': str(source), **options} if asked is None and isinstance(source, (str, os.PathLike)) else asked or {}
 
     def load_into(self, network, trainer):
         "Fill a network for this training; the table"
         ours = {'channels': input_names(trainer.plans, trainer.configuration, trainer.labels), 'labels': trainer.labels}
-        return load_pretrained(network, self.source, **ours | self.options)
+        return load_pretrained(network, self.held or self.source, **ours | self.options)
 
     def check(self, trainer):
-        "Try the start on a copy, before anything of an earlier training is removed"
+        "Try the start on a copy and hold the weights, before anything of an earlier training is removed: perhaps it is the source"
+        self.held = read_source(self.source, **{k: v for k, v in self.options.items() if k in ('fold', 'checkpoint')})
         self.load_into(copy.deepcopy(trainer.net), trainer)
 
     def on_start(self, trainer):
         if trainer.epoch > 0: return
-        self.transfer = self.load_into(trainer.net, trainer)
+        self.transfer, self.held = self.load_into(trainer.net, trainer), None
         self.done = {'source': self.transfer.source, 'digest': self.transfer.digest}
         if not trainer.world.main: return
         file = trainer.folder/'record.json'
@@ -434,3 +467,13 @@ def fine_tuning(
     callbacks = (Pretrained(source, {k: v for k, v in asked.items() if v is not None}, fold=fold, checkpoint=checkpoint, **options),
                  *((FreezeEncoder(freeze_encoder),) if freeze_encoder else ()))
     return {'initial_lr': initial_lr, 'optimizer': ' '.join([optimizer, *factors]), 'callbacks': callbacks}
+
+# %% ../nbs/83_transfer.ipynb #6eca1aa4
+def begun_with(
+    folder, # Folder of a fold
+)->dict:    # Options of `Trainer`: initial_lr, optimizer, callbacks; {}: nothing is to be said again
+    "Give the options with which a training began from another model, if it was ended before its first save; raises `TransferError`"
+    file = Path(folder)/'record.json'
+    if not file.exists() or any((Path(folder)/name).exists() for name in CHECKPOINTS.values()): return {}
+    asked = read_json(file).get('transfer', {}).get('asked')
+    return fine_tuning(**asked) if asked else {}

@@ -18,7 +18,7 @@ from segnb.planning import Plans, PlansError, plan_experiment
 from segnb.preprocessing import preprocess_dataset
 from segnb.splits import save_splits
 from segnb.training import Trainer
-from segnb.transfer import (Pretrained, Source, TransferError, adapt_inputs, fine_tuning, input_names, load_pretrained, match_names, misfits, output_names, read_source, transfer_plans)
+from segnb.transfer import (Pretrained, Source, TransferError, adapt_inputs, begun_with, fine_tuning, input_names, load_pretrained, match_names, misfits, output_names, read_source, transfer_plans)
 from segnb.workers import read_json, write_json
 
 FIRST = 'encoder.0.0.conv.weight'
@@ -335,3 +335,112 @@ def test_a_start_that_cannot_be_is_seen_on_a_copy(two, tmp_path):
     with pytest.raises(TransferError, match='no weight of the source fits'): Pretrained(tmp_path/'w.pt').check(trainer)
     Pretrained(two.source).check(trainer)
     assert all(torch.equal(v, before[k]) for k, v in trainer.net.state_dict().items())
+
+
+# --- sources of every kind, as somebody in a hurry gives them
+
+OFFICIAL = ROOT/'tests'/'recorded'/'official'
+
+
+@pytest.mark.parametrize('name, configuration', [('v1_plain', '3d_fullres'), ('v2_plain', '3d_fullres'), ('v1_residual', '3d_fullres'), ('v2_residual', '3d_fullres'), ('v1_2d', '2d'), ('v2_regions', '3d_fullres')])
+def test_official_models_are_sources(two, tmp_path, name, configuration):
+    "With the plan of the source imposed, all of the network is its own but what reads other channels and gives other classes"
+    from segnb.exchange import load_nnunet
+    source = load_nnunet(OFFICIAL/f'{name}.zip', tmp_path/'source')
+    data = Dataset(two.base/'raw'/'Task101_PhantomCT')
+    plans = transfer_plans(source, extract_fingerprint(data, 0))
+    plans.save(tmp_path/'plans.json')
+    here = build_network(plans.configuration(configuration), 1, 4)
+    told = load_pretrained(here, source, channels=plans.channels, labels=data.labels)
+    assert {r['name'].split('.')[0] for r in told.rows if r['fate'] != 'taken'} <= {'heads', 'encoder'}
+    assert all(r['name'].startswith(('heads', 'encoder.0.0')) for r in told.rows if r['fate'] != 'taken') and told.count('taken') > 20*(told.count('adapted') + told.count('left'))
+    small = net(1, 4)                                                       # another plan: refused with the sizes of both
+    with pytest.raises(TransferError, match=r'encoder.0.0.conv.weight of 3×.*expected encoder.0.0.conv.weight of 4×1.*overwrite-plans'): load_pretrained(small, source, channels=['CT'], labels=data.labels)
+
+
+def test_as_many_features_as_classes_are_no_classes():
+    "Three features there and four here, three classes there and four here: only the heads answer"
+    there, here = net(1, 3, base=3), net(1, 4, 1, base=4)
+    with pytest.raises(TransferError, match='no weight of the source fits'): load_pretrained(here, Source(there.state_dict(), ['CT'], ['background', 'a', 'b']), channels=['CT'], labels=['background', 'a', 'b', 'c'])
+    mixed = net(1, 3, base=4)
+    told = load_pretrained(here, Source(mixed.state_dict(), ['CT'], ['background', 'a', 'b']), channels=['CT'], labels=['background', 'a', 'b', 'c'])
+    assert {r['name'].split('.')[0] for r in told.rows if r['fate'] == 'adapted'} == {'heads'}
+
+
+def test_what_did_not_come_over_is_not_said_to_have():
+    there, here = net(2, 3, axes=2), net(1, 3, 1)
+    told = load_pretrained(here, Source(there.state_dict(), ['CT', 'PET'], ['background', 'a', 'b']), channels=['CT'], labels=['background', 'a', 'c'])
+    assert told.channels == [('CT', 'new')] and next(r for r in told.rows if r['name'] == FIRST)['fate'] == 'left' and 'most begins anew' in str(told)
+    assert {how for _, how in told.outputs} == {'new'}
+    assert 'most begins anew' not in str(load_pretrained(net(1, 3), Source(net(1, 3).state_dict(), ['CT'], None)))
+
+
+def test_more_and_fewer_halvings_share_the_outer_levels():
+    deep, flat = net(1, 2, levels=3), net(1, 2, 1, levels=1)
+    for there, here in ((deep, flat), (flat, deep)):
+        told = load_pretrained(here, there.state_dict())
+        fates = {r['name']: r['fate'] for r in told.rows}
+        assert fates[FIRST] == fates['encoder.1.1.conv.weight'] == fates['heads.0.weight'] == 'taken' and (bool(told.unused) or told.count('left'))
+
+
+def test_a_model_in_one_file_is_a_source(two, tmp_path):
+    from segnb.exchange import ExchangeError, export_model
+    export_model(two.source, tmp_path/'mr.segnb')
+    one, other = read_source(tmp_path/'mr.segnb'), read_source(two.source)
+    assert (one.digest, one.channels, one.outputs) == (other.digest, other.channels, other.outputs)
+    with pytest.raises(TransferError, match='of fold 3'): read_source(tmp_path/'mr.segnb', fold=3)
+    (tmp_path/'half.segnb').write_bytes((tmp_path/'mr.segnb').read_bytes()[:5000])
+    with pytest.raises(ExchangeError, match='cut off'): read_source(tmp_path/'half.segnb')
+
+
+def test_a_start_from_the_very_fold_that_is_trained_again(two, tmp_path):
+    "With overwrite the source itself is removed; its weights are held before"
+    import shutil
+    shutil.copytree(two.source, tmp_path/'m')
+    before = read_source(tmp_path/'m').digest
+    with pytest.raises(TrainingError, match='already holds a training'): Trainer(two.own, tmp_path/'m', fold=0, callbacks=[Pretrained(tmp_path/'m')], **QUICK).fit()
+    assert read_source(tmp_path/'m').digest == before
+    begin = Pretrained(tmp_path/'m')
+    Trainer(two.own, tmp_path/'m', fold=0, callbacks=[begin], **QUICK).fit(overwrite=True)
+    assert begin.transfer.digest == before != read_source(tmp_path/'m').digest and begin.held is None and not begin.transfer.count('left')
+
+
+def test_what_is_no_model_is_named(two, tmp_path):
+    import shutil, zipfile
+    for strange in (3, None, ['x'], torch.nn.Linear(1, 1)):
+        with pytest.raises(TransferError, match=f'a {type(strange).__name__}'): read_source(strange)
+    with zipfile.ZipFile(OFFICIAL/'v1_plain.zip') as archive: archive.extractall(tmp_path/'v1')
+    with zipfile.ZipFile(OFFICIAL/'v2_plain.zip') as archive: archive.extractall(tmp_path/'v2')
+    raw = [OFFICIAL/'v1_plain.zip', *(next((tmp_path/v).rglob('plans.*')).parent for v in ('v1', 'v2')), next((tmp_path/'v1').rglob('*.model')), next((tmp_path/'v2').rglob('*.pth'))]
+    for file in raw:
+        with pytest.raises(TransferError, match='import-model'): read_source(file)
+    shutil.copytree(two.source, tmp_path/'task'/'3d_lowres')
+    shutil.copytree(two.source, tmp_path/'task'/'3d_fullres')
+    with pytest.raises(TransferError, match='configurations 3d_fullres, 3d_lowres.*name one'): read_source(tmp_path/'task')
+
+
+def test_damaged_and_bare_folders(two, tmp_path):
+    import shutil
+    def copy(name): return shutil.copytree(two.source, tmp_path/name)
+    for name, change in (('cut', lambda raw: raw[:len(raw)//2]), ('text', lambda raw: b'hello'), ('flipped', lambda raw: raw[:5000] + bytes([raw[5000] ^ 255]) + raw[5001:]), ('empty', lambda raw: b'')):
+        file = copy(name)/'fold_0'/'checkpoint_final.pt'
+        file.write_bytes(change(file.read_bytes()))
+        with pytest.raises(CheckpointError, match='damaged'): read_source(tmp_path/name)
+    bare = copy('bare')
+    (bare/'fold_0'/'record.json').unlink()
+    assert read_source(bare).outputs
+    (bare/'dataset.json').unlink()
+    told = load_pretrained(build_network(Plans.load(bare/'plans.json').configuration('3d_fullres'), 4, 4), bare, channels=['FLAIR', 'T1', 'T1c', 'T2'], labels=['background', 'a', 'b', 'c'])
+    assert {how for _, how in told.outputs} == {'by its place'} and not told.count('left')
+
+
+def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weights(two, tmp_path):
+    class Killed:
+        def on_epoch_start(self, t): raise KeyboardInterrupt
+    options = fine_tuning(two.source, lr_encoder=.001, freeze_encoder=1)
+    with pytest.raises(KeyboardInterrupt): Trainer(two.target, tmp_path/'m', fold=0, **QUICK, **options | {'callbacks': [*options['callbacks'], Killed()]}).fit()
+    again = begun_with(tmp_path/'m'/'fold_0')
+    assert again['optimizer'] == options['optimizer'] and [type(c) for c in again['callbacks']] == [type(c) for c in options['callbacks']]
+    Trainer(two.target, tmp_path/'m', fold=0, **QUICK, **again).resume()
+    assert again['callbacks'][0].transfer.digest == read_source(two.source).digest and begun_with(tmp_path/'m'/'fold_0') == {}
+    assert begun_with(tmp_path/'nothing') == {}
