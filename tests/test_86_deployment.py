@@ -74,6 +74,7 @@ def same_but_at_ties(found, predictor, image, spacing, most=1e-3, **how):
     return differs
 
 
+TORCH = {'data': dict(function='torch'), 'seg': dict(function='torch'), 'probabilities': dict(function='torch')}
 SPLINES = {'data': dict(function='spline', order=3, order_z=1, separate=None, threshold=2.), 'seg': dict(function='spline', order=1, order_z=0), 'probabilities': dict(function='spline', order=1, order_z=0, separate=True)}
 
 KINDS = {
@@ -89,6 +90,11 @@ KINDS = {
     'residual': (CLASSES, {}, dict(architecture='residual', blocks_per_stage_encoder=(1, 2, 2), blocks_per_stage_decoder=(1, 1)), 1),
     'as nnU-Net v2': (CLASSES, dict(n=2, export_order_z=1), dict(schemes=('zscore_v2', 'CT'), mask=True, normalize_first=True, resampling=SPLINES, aggregate='logits_half'), 2),
     'regions, logits': (REGIONS, {}, dict(schemes=('zscore_v2',)*2, normalize_first=True, aggregate='logits'), 2),
+    'as nnU-Net v2 with torch': (CLASSES, dict(n=2), dict(schemes=('zscore_v2',), mask=True, normalize_first=True, resampling=TORCH, aggregate='logits_half'), 1),
+    'torch, other axes, coarse': (CLASSES, {}, dict(schemes=('CT', 'nonCT'), mask=True, forward=(2, 0, 1), spacing=(4., 1., 1.1), resampling=TORCH), 2),
+    'regions by torch': (REGIONS, {}, dict(schemes=('zscore_v2',)*2, normalize_first=True, resampling=TORCH, aggregate='logits_half'), 2),
+    'slices by torch': (CLASSES, {}, dict(flat=True, normalize_first=True, resampling=TORCH, aggregate='logits_half'), 1),
+    'a mask that the most votes resample': (CLASSES, {}, dict(schemes=('nonCT',), mask=True, resampling=SPLINES), 1),
     'no mirror, large step, cubic home': (CLASSES, dict(mirror=False, step_size=1., export_order=3), {}, 1),
     'two mirror axes, slices mixed': (CLASSES, dict(mirror=(1, 2), step_size=.3, export_order_z=1), {}, 1),
 }
@@ -108,13 +114,77 @@ def test_the_same_mask(kind, spacing, tmp_path):
         assert (Runner(tmp_path/'onnx', engine='numpy').predict(image, spacing, **quick) != runner.predict(image, spacing, **quick)).mean() < 1e-3
 
 
-def test_the_second_stage_of_a_cascade(tmp_path):
-    plans = plans_for(CLASSES, name='3d_cascade_fullres', previous_stage='3d_lowres')
+STAGES = {
+    'v1': {}, 'v1, whole': dict(previous_whole=True), 'other axes': dict(forward=(2, 0, 1)),
+    'v2': dict(previous_like_seg=True, normalize_first=True, resampling=SPLINES, aggregate='logits_half'),
+    'v2, its mask for the intensities': dict(previous_like_seg=True, normalize_first=True, resampling=SPLINES, aggregate='logits_half', schemes=('zscore_v2',), mask=True),
+    'v2, other axes': dict(previous_like_seg=True, normalize_first=True, resampling=SPLINES, forward=(1, 2, 0)),
+    'v2 with torch': dict(previous_like_seg=True, normalize_first=True, resampling=TORCH, aggregate='logits_half'),
+    'its own map, resampled images by torch': dict(resampling=TORCH)}
+
+
+@pytest.mark.parametrize('spacing', [(2., .8, .9), (7., .8, .9)])
+@pytest.mark.parametrize('kind', STAGES)
+def test_the_second_stage_of_a_cascade(kind, spacing, tmp_path):
+    plans = plans_for(CLASSES, name='3d_cascade_fullres', previous_stage='3d_lowres', **STAGES[kind])
     predictor, image = predictor_of(plans, CLASSES), an_image()
     previous = np.array([0, 3, 700], np.uint16)[np.random.default_rng(1).integers(0, 3, (4, 10, 8))].repeat(4, 0)[:11].repeat(4, 1)[:, :37].repeat(4, 2)[:, :, :30]
     runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
-    same_but_at_ties(runner.predict(image, (2., .8, .9), previous), predictor, image, (2., .8, .9), previous=previous)
-    with pytest.raises(ValueError, match='3d_lowres'): runner.predict(image, (2., .8, .9))
+    same_but_at_ties(runner.predict(image, spacing, previous), predictor, image, spacing, previous=previous)
+    with pytest.raises(ValueError, match='3d_lowres'): runner.predict(image, spacing)
+    with pytest.raises(ValueError, match='3d_lowres'): runner.predict(image, spacing, previous[1:])
+    with pytest.raises(ValueError, match='this model knows'): runner.predict(image, spacing, previous + 1)
+
+
+@pytest.mark.parametrize('kind', STAGES)
+@pytest.mark.parametrize('spacing', [(2., .8, .9), (7., .8, .9), (3., 1., 1.)])
+def test_what_the_network_sees_is_what_preprocessing_makes(kind, spacing):
+    "Voxel for voxel: the image but for rounding, the masks of the stage before exactly"
+    from segnb.preprocessing import preprocess_case
+    plans = plans_for(CLASSES, name='3d_cascade_fullres', previous_stage='3d_lowres', **STAGES[kind])
+    predictor, image, rng = predictor_of(plans, CLASSES), an_image(), np.random.default_rng(3)
+    previous = np.array([0, 3, 700], np.uint16)[rng.integers(0, 3, image.shape[1:])]
+    data, _, properties = preprocess_case(image, None, spacing, plans, '3d_cascade_fullres', previous=CLASSES.encode(previous))
+    how = pipeline_of(predictor)
+    ready, way = d._prepare(image, spacing, how, d._class_indices(previous, image.shape[1:], how))
+    assert np.abs(ready[:1] - data).max() < 1e-4
+    unlike = ready[1:] != np.stack([properties['previous'] == c for c in (1, 2)])
+    assert unlike.mean() <= (2e-4 if 'torch' in kind and kind != 'its own map, resampled images by torch' else 0), unlike.mean()   # torch counts votes in half precision
+
+
+@pytest.mark.parametrize('how', ['torch', 'half', 'most'])
+@pytest.mark.parametrize('axis', [None, 0, 1, 2])
+def test_votes_as_in_their_chapter(how, axis):
+    from segnb.resampling import resample_as, resample_label_map
+    rng, mm = np.random.default_rng(4), [1., 1., 1.]
+    if axis is not None: mm[axis] = 9.
+    for shape in ((7, 33, 20), (13, 11, 15), (4, 20, 29), (14, 40, 30), (7, 20, 8)):
+        labels = rng.integers(-1, 5, (7, 20, 15)).astype(np.int16)
+        labels = labels if shape[0] != 13 else labels[::-1, ::2, ::2].repeat(2, 1).repeat(2, 2)[:, :20, :15]
+        ours = d._vote(labels, shape, axis, dict(function='torch' if how == 'torch' else 'spline', vote=how))
+        if how == 'half': wanted = resample_label_map(labels, shape, separate_axis=axis)
+        else: wanted = resample_as(dict(function='torch') if how == 'torch' else dict(function='spline', order=1, order_z=0, vote='most'), labels, shape, mm, (1., 1., 1.), labels=True)
+        assert (ours != wanted).mean() <= (1e-3 if how == 'torch' else 0)
+
+
+@pytest.mark.parametrize('axis', [None, 0, 1, 2])
+def test_interpolation_as_torch_does_it(axis):
+    from segnb.resampling import resample_as
+    rng, mm = np.random.default_rng(5), [1., 1., 1.]
+    if axis is not None: mm[axis] = 9.
+    for old, new in (((7, 20, 15), (7, 33, 20)), ((7, 20, 15), (13, 11, 15)), ((1, 20, 15), (3, 7, 31)), ((41, 5, 6), (82, 3, 1)), ((6, 9, 14), (9, 6, 21))):
+        image = rng.normal(0, 100, old).astype(np.float32)
+        wanted = resample_as(dict(function='torch'), image[None], new, mm, (1., 1., 1.))[0]
+        assert np.abs(d._resample(image, new, dict(function='torch'), axis) - wanted).max() < 1e-4 # of values of 100
+
+
+def test_an_image_that_is_not_resampled(tmp_path):
+    nothing = {what: dict(function='none') for what in ('data', 'seg', 'probabilities')}
+    plans = plans_for(CLASSES, normalize_first=True, resampling=nothing, schemes=('zscore_v2',), mask=True)
+    predictor, image = predictor_of(plans, CLASSES), an_image()
+    runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
+    same_but_at_ties(runner.predict(image, (3., 1., 1.)), predictor, image, (3., 1., 1.))
+    same_but_at_ties(runner.predict(image, (5., .8, 1.)), predictor, image, (5., .8, 1.))
 
 
 def test_post_processing_goes_along(tmp_path):
@@ -133,10 +203,10 @@ def test_pieces_and_holes_as_in_their_chapters(seed):
     from scipy import ndimage
     rng = np.random.default_rng(seed)
     mask = ndimage.gaussian_filter(rng.normal(size=(9, 25, 31)), 1) > (.0, .1, .25, -.1)[seed]
-    assert np.array_equal(d.fill_holes(mask), ndimage.binary_fill_holes(mask))
+    assert np.array_equal(d._fill_holes(mask), ndimage.binary_fill_holes(mask))
     labels = (mask*rng.integers(1, 4, (3, 5, 4)).repeat(3, 0).repeat(5, 1).repeat(8, 2)[:9, :25, :31]).astype(np.uint8)
     for which, rules in (([1, 2, 3], [[1], [2], [3]]), ([(1, 2, 3)], [[1, 2, 3]]), ([(1, 3), 1], [[1, 3], [1]])):
-        ours = d.keep_largest(labels.copy(), [dict(labels=r, smaller_than_mm3=None) for r in rules], 1.)
+        ours = d._keep_largest(labels.copy(), [dict(labels=r, smaller_than_mm3=None) for r in rules], 1.)
         assert np.array_equal(ours, keep_largest_component(labels, which))
 
 
@@ -149,9 +219,9 @@ def test_resampling_as_in_its_chapter(order, axis):
     for shape in ((7, 33, 20), (13, 11, 15), (4, 20, 29)):
         for order_z in (0, 1, 3):
             wanted = resample_image(image[None], shape, order, order_z, axis)[0]
-            assert np.abs(d.resample(image, shape, order, order_z, axis) - wanted).max() < 2e-3 # of values of 100
+            assert np.abs(d._resample(image, shape, dict(function='spline', order=order, order_z=order_z), axis) - wanted).max() < 2e-3 # of values of 100
         labels = rng.integers(0, 4, (7, 20, 15)).astype(np.uint8)
-        assert np.array_equal(d.vote(labels, shape, axis), resample_label_map(labels, shape, separate_axis=axis))
+        assert np.array_equal(d._vote(labels, shape, axis, dict(function='spline', vote='half')), resample_label_map(labels, shape, separate_axis=axis))
 
 
 @pytest.fixture(scope='module')
@@ -207,9 +277,9 @@ def test_nifti_is_read_as_segnb_reads_it(order, kind, dtype, slope, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         wanted, geometry = read_image(tmp_path/'a.nii.gz')
-    found, spacing, kept = d.read_file(tmp_path/'a.nii.gz', None)
+    found, spacing, kept = d._read_file(tmp_path/'a.nii.gz', None)
     assert np.array_equal(found.astype(np.float32), wanted) and np.allclose(spacing, geometry.spacing, rtol=1e-6)
-    d.write_file(np.arange(105, dtype=np.uint16).reshape(3, 5, 7), tmp_path/'b.nii.gz', kept)
+    d._write_file(np.arange(105, dtype=np.uint16).reshape(3, 5, 7), tmp_path/'b.nii.gz', kept)
     labels, where = read_label_map(tmp_path/'b.nii.gz')
     assert np.array_equal(labels.ravel(), np.arange(105)) and not where.differences(geometry)
 
@@ -220,7 +290,7 @@ def test_damaged_files_are_one_sentence(exported, damage, words, tmp_path):
     import re
     files_of(tmp_path)
     (tmp_path/'bad.nii.gz').write_bytes(damage((tmp_path/'image.nii.gz').read_bytes()))
-    with pytest.raises(ValueError) as caught: d.read_file(tmp_path/'bad.nii.gz', None)
+    with pytest.raises(ValueError) as caught: d._read_file(tmp_path/'bad.nii.gz', None)
     assert re.search(words, str(caught.value)) and 'bad.nii.gz' in str(caught.value)
 
 
@@ -267,32 +337,97 @@ def test_what_cannot_be_exported_is_said(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('name', ['v1_cascade', 'v2_plain', 'v2_regions', 'v2_2d'])
+OFFICIAL, RECORDED = Path(__file__).parent/'recorded'/'official', Path(__file__).parent/'recorded'
+BARE = ('torch', 'segnb', 'scipy', 'skimage', 'SimpleITK', 'numba', 'nibabel', 'fastcore', 'onnx')
+
+
+@pytest.mark.parametrize('name', ['v1_plain', 'v1_2d', 'v1_residual', 'v1_regions', 'v1_cascade', 'v2_plain', 'v2_2d', 'v2_residual', 'v2_regions', 'v2_cascade', 'v2_torchres'])
 def test_official_models(name, tmp_path):
+    "run.py, where neither torch nor segnb can be imported, finds the masks that nnU-Net itself has found, and those of the predictor"
     from segnb.exchange import load_nnunet
-    load_nnunet(Path(__file__).parent/'recorded'/'official'/f'{name}.zip', tmp_path/'model')
-    folder = tmp_path/'model' if name != 'v1_cascade' else next(p.parent for p in (tmp_path/'model').rglob('plans.json') if p.parent.name == '3d_cascade_fullres')
-    predictor = Predictor.from_folder(folder, device='cpu')
+    version, kind = name.split('_')
+    made, r, words = load_nnunet(OFFICIAL/f'{name}.zip', tmp_path/'model'), dict(np.load(RECORDED/f'84_official_{version}.npz')), []
+    image, spacing, how = r[f'{kind}/data'].astype(np.float32), tuple(float(mm) for mm in r[f'{kind}/spacing']), {}
+    np.save(tmp_path/'image.npy', image)
+    for model in [made/'3d_lowres', made/'3d_cascade_fullres'] if kind == 'cascade' else [made]:
+        predictor = Predictor.from_folder(model, device='cpu')
+        folder = export_onnx(predictor, tmp_path/f'onnx_{model.name}')
+        done = script(folder, tmp_path/'image.npy', tmp_path/'labels.npy', '--spacing', *spacing, '--threads', 1, *words, without=BARE)
+        assert done.returncode == 0, done.stderr
+        found, c = np.load(tmp_path/'labels.npy'), predictor.configuration.name
+        theirs, close = r[f'{kind}/{c}/mask'], r[f'{kind}/{c}/close']
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            wanted = predictor.predict(image, spacing, **how)
+        assert not ((found != wanted) & ~close).any() and (found != wanted).sum() < 4 and len(np.unique(wanted)) > 1
+        assert not ((found != theirs) & ~close).any()
+        np.save(tmp_path/'before.npy', theirs)
+        words, how = ['--previous', tmp_path/'before.npy'], {'previous': theirs}
+
+
+@pytest.mark.parametrize('name', ['v1_cascade', 'v2_cascade', 'v2_torchres', 'v2_regions'])
+def test_official_models_on_other_grids(name, tmp_path):
+    "Another image, another spacing: every step of resampling is taken"
+    from segnb.exchange import load_nnunet
+    folder = load_nnunet(OFFICIAL/f'{name}.zip', tmp_path/'model')
+    predictor = Predictor.from_folder(folder/'3d_cascade_fullres' if 'cascade' in name else folder, device='cpu')
     image, previous = an_image(len(predictor.plans.channels), (13, 41, 35), 3), {}
-    spacing = tuple(float(mm*f) for mm, f in zip(predictor.plans.original_spacing_target, (1.1, .9, .95)))
-    if name == 'v1_cascade':
+    if 'cascade' in name:
         previous['previous'] = np.zeros(image.shape[1:], np.uint8)
         previous['previous'][3:9, 10:25, 8:22] = predictor.labels.values[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        wanted = predictor.predict(image, spacing, **previous)
-    found = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1).predict(image, spacing, **previous)
-    assert (found != wanted).sum() < 10 and len(np.unique(wanted)) > 1
+    runner = Runner(export_onnx(predictor, tmp_path/'onnx'), threads=1)
+    for factors in ((1.1, .9, .95), (4.1, .7, 1.3)):
+        spacing = tuple(float(mm*f) for mm, f in zip(predictor.plans.original_spacing_target, factors))
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            wanted = predictor.predict(image, spacing, **previous)
+        assert (runner.predict(image, spacing, **previous) != wanted).sum() < 10 and len(np.unique(wanted)) > 1
+
+
+class Backwards(torch.nn.Module):
+    "Axes counted from the end, and a size that is fixed when it is written"
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 3, 1)
+    def forward(self, x):
+        y = self.conv(x).movedim(1, -1)
+        return y.reshape(len(y), -1, 3).reshape(y.shape).movedim(-1, 1)
+
+
+@pytest.mark.parametrize('kind', ['Swin', 'Swin, slices', 'SegResNet', 'DynUNet', 'axes from the end'])
+def test_networks_of_ones_own(kind, tmp_path):
+    from segnb.custom_network import build_monai, build_swin_unet
+    plans = plans_for(CLASSES, flat='slices' in kind)
+    torch.manual_seed(0)
+    c = plans.configuration(name := next(iter(plans.configurations)))
+    if 'Swin' in kind: network = build_swin_unet(c, 1, 3)
+    elif kind == 'axes from the end': network = Backwards()
+    else:
+        pytest.importorskip('monai')
+        network = build_monai(c, 1, 3, network=kind)
+    predictor = Predictor([network], plans, name, CLASSES, device='cpu', mirror=(0,), step_size=1.)
+    folder = export_onnx(predictor, tmp_path/'onnx')
+    same_but_at_ties(Runner(folder, threads=1).predict(an_image(), (2., 1., 1.), batch=3), predictor, an_image(), (2., 1., 1.))
+    if 'Swin' in kind:
+        with pytest.raises(ValueError, match='pip install onnxruntime'): Runner(folder, engine='numpy')
+
+
+class Dreaming(torch.nn.Module):
+    "A network that answers by chance"
+    def forward(self, x): return x.repeat(1, 3, 1, 1, 1) + torch.randn(3, 1, 1, 1)
+
+
+def test_a_network_that_answers_otherwise_is_refused(tmp_path):
+    with pytest.raises(DeploymentError, match='does not answer as torch does'): export_onnx(Predictor([Dreaming()], plans_for(CLASSES), '3d_fullres', CLASSES, device='cpu'), tmp_path/'x')
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_plan_that_predicts_otherwise_is_refused(tmp_path):
     plans = plans_for(CLASSES)
     c = plans.configuration('3d_fullres')
-    torch_way = {'data': {'function': 'torch'}, 'seg': {'function': 'spline'}, 'probabilities': {'function': 'none'}}
-    for change, words in ((dict(normalize_first=True, resampling=torch_way), 'data: torch, probabilities: none'), (dict(previous_stage='3d_lowres', previous_like_seg=True), 'previous_like_seg')):
-        other = dataclasses.replace(plans, configurations={'3d_lowres': dataclasses.replace(c, name='3d_lowres'), '3d_fullres': dataclasses.replace(c, **change)})
-        with pytest.raises(DeploymentError, match=words):
-            d._refuse_unknown(type('P', (), dict(configuration=other.configuration('3d_fullres'), plans=other, postprocess=None, mode='normal', whole_image=False, mirror_axes=())))
+    cubic = {'data': {}, 'seg': {'order': 3}, 'probabilities': {}}
+    other = dataclasses.replace(plans, configurations={'3d_fullres': dataclasses.replace(c, normalize_first=True, resampling=cubic)})
+    with pytest.raises(DeploymentError, match=r'splines of order \(3, 0\) for seg'): export_onnx(predictor_of(other, CLASSES), tmp_path/'x')
     with pytest.raises(DeploymentError, match='found opset 99'): export_onnx(predictor_of(plans, CLASSES), tmp_path/'x', opset=99)
     assert not any(tmp_path.iterdir())
 
@@ -301,4 +436,4 @@ def test_the_script_is_made_of_the_module():
     text = runner_source()
     compile(text, 'run.py', 'exec')
     imported = {line.split()[1].split('.')[0].rstrip(',') for line in text.splitlines() if line.strip().startswith(('import ', 'from '))}
-    assert imported <= {'contextlib', 'itertools', 'pathlib', 'numpy', 'onnxruntime', 'argparse'} and len(text.splitlines()) < 570
+    assert imported <= {'contextlib', 'itertools', 'pathlib', 'numpy', 'onnxruntime', 'argparse'} and len(text.splitlines()) < 610
