@@ -6,7 +6,7 @@
 __all__ = ['BASE_BYTES', 'PreprocessingError', 'class_locations', 'region_locations', 'case_spacing', 'preprocess_case',
            'previous_from_probabilities', 'previous_on_grid', 'PreprocessedCase', 'save_preprocessed',
            'load_preprocessed', 'Damage', 'verify_preprocessed', 'preprocessing_identity', 'estimate_case',
-           'preprocess_dataset', 'preprocess_previous_stage', 'save_previous']
+           'preprocess_dataset', 'unjudged_cases', 'preprocess_previous_stage', 'save_previous']
 
 # %% ../nbs/32_preprocessing.ipynb #bab463c0
 import glob
@@ -513,13 +513,15 @@ def _preprocess_one(case, dataset, plans, out, missing, identities, wait=False):
 
 def _preprocess_into(names, case, dataset, plans, out, identities):
     # read a case once and store it for every configuration
-    one, regions = dataset.read(case), getattr(dataset.labels, 'regions', None)
+    one, regions, ignore = dataset.read(case), getattr(dataset.labels, 'regions', None), getattr(dataset.labels, 'ignore', None)
+    judged = None if ignore is None else _count_judged(one.label, ignore)
     try:
         _link_truth(dataset, case, out/'gt_segmentations')
         for name in names:
             data, seg, properties = preprocess_case(one.image, one.label, one.geometry.spacing, plans, name, case, one.geometry,
                                                     None, regions)
             properties.update(preprocessing=identities[name], source=_source(dataset, case))
+            if ignore is not None: properties['judged_voxels'] = [judged, _count_judged(seg, ignore)]
             save_preprocessed(data, seg, properties, out/name, case)
     except OSError as error:
         raise PreprocessingError('the result cannot be written', case=case, file=out, found=error.strerror or error,
@@ -561,9 +563,9 @@ def preprocess_dataset(
     run = partial(_preprocess_one, dataset=dataset, plans=plans, out=out, missing=missing, identities=identities)
     left = cases
     for wait in (False, True):                                  # what another run holds is waited for at the end
-        memory = [estimates[c].memory for c in left]
-        done = parallel_map(partial(run, wait=wait), left, n_workers, names=left, step='preprocessing', memory=memory)
+        done = parallel_map(partial(run, wait=wait), left, n_workers, names=left, step='preprocessing', memory=[estimates[c].memory for c in left])
         left = [c for c, finished in zip(left, done) if not finished]
+    if getattr(dataset.labels, 'ignore', None) is not None: _warn_unjudged(out, names)
     return tuple(cases)
 
 
@@ -571,6 +573,32 @@ def preprocess_dataset(
 def _estimate(dataset, plans, names, case):
     geometry = read_geometry(dataset.image_files(case)[0])
     return estimate_case(geometry.shape, geometry.spacing, plans, names)
+
+# %% ../nbs/32_preprocessing.ipynb #5b40ab80
+def _count_judged(seg, ignore): return int(((seg >= 0) & (seg != ignore)).sum())
+
+
+def unjudged_cases(
+    cases:dict, # {identifier: `PreprocessedCase`} of a data set with an ignore label
+)->dict:        # {identifier: its properties} of those that have no voxel but ignored ones
+    "Find the cases that teach nothing, since no judged voxel is left of them"
+    return {name: p for name, case in cases.items() if (p := _noted(case)).get('judged_voxels', (0, 1))[1] == 0}
+
+
+def _warn_unjudged(out, names):
+    # name, for each configuration, the cases whose annotation is lost, and those that never had any
+    def some(cases): return f"{len(cases)} case{'s' * (len(cases) > 1)} ({', '.join([*cases][:5])}{', ...' * (len(cases) > 5)})"
+    def mm(spacing): return ' x '.join(f'{s:.3g}' for s in spacing)
+    for name in names:
+        found = unjudged_cases(load_preprocessed(out/name))
+        if lost := {c: p for c, p in found.items() if p['judged_voxels'][0]}:
+            case, p = next(iter(lost.items()))
+            old = [p['spacing'][axis] for axis in p['transpose_forward']]
+            warnings.warn(f"{name}: of {some(lost)} no judged voxel is left: all are ignored after resampling, of {case} from {mm(old)} to "
+                          f"{mm(p['spacing_after_resampling'])} mm. They teach nothing. Plan a spacing as fine as the annotation (segnb plan {out.name} --edit {name} spacing="
+                          f"{','.join(f'{s:.3g}' for s in old)}) and preprocess again, annotate thicker slabs, or take these cases out", stacklevel=3)
+        if never := {c: p for c, p in found.items() if not p['judged_voxels'][0]}:
+            warnings.warn(f'{name}: in {some(never)} the ignore label is everywhere: nobody has judged a voxel. They teach nothing; annotate them, or take them out', stacklevel=3)
 
 # %% ../nbs/32_preprocessing.ipynb #5e8c774b
 def preprocess_previous_stage(

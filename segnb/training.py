@@ -30,7 +30,7 @@ from .loss import DeepSupervisionLoss, deep_supervision_weights, make_loss
 from .network import UNet, build_network, count_parameters, find_factory, initialize, list_outputs, make_network, network_from_origin, network_origin, output_shapes
 from .optimization import Deterministic, TrainingError, choose_device, choose_precision, keep_memory, make_optimizer, make_schedule, poly_lr, set_learning_rate, training_step
 from .planning import Plans
-from .preprocessing import load_preprocessed
+from .preprocessing import load_preprocessed, unjudged_cases
 from .splits import five_folds, load_splits, save_splits, split_for_fold
 from .workers import check_writable, default_workers, keyed_rng, read_json, write_json
 
@@ -270,6 +270,10 @@ def _check_cases(t):
     if missing: raise TrainingError(f'{len(missing)} of {len(listed)} training cases are not preprocessed', file=folder, found=f"none for {', '.join(missing[:5])}", fix='preprocess the data set')
     t.train_cases, t.val_cases = split_for_fold([] if t.fold == 'all' else only_main(_folds)(t), t.cases, t.fold)
     for name in sorted({*t.train_cases, *t.val_cases}): _check_case(t, name, folder)
+    t.unjudged = [] if t.labels.ignore is None else sorted(unjudged_cases({c: t.cases[c] for c in t.train_cases}))
+    if t.unjudged and len(t.unjudged) == len(t.train_cases):
+        raise TrainingError('nobody has judged a voxel of any training case: all are ignored', file=folder, found=', '.join(t.unjudged[:5]),
+                            fix='plan a spacing as fine as the annotation (segnb plan --edit) and preprocess again; where the files hold no judged voxel, annotate them')
 
 # %% ../nbs/53_training.ipynb #cdaffa5f
 def _check_case(t, name, folder):
@@ -541,6 +545,7 @@ def _warn(t):
     if unused: _say(t, f"{len(unused)} case(s) are in neither list of fold {t.fold}: {', '.join(unused[:5])}")
     if t.world.size > 1 and any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in t.net.modules()):
         _say(t, "warning: batch normalisation sees only each process's share of a batch: the curve is not that of one process")
+    if t.unjudged: _say(t, f"warning: {len(t.unjudged)} of {len(t.train_cases)} training cases have no judged voxel and teach nothing: {', '.join(t.unjudged[:5])}")
     counts = 'n_region_locations' if t.labels.regions else 'n_locations'
     keys = list(t.labels.regions) or [str(k) for k in range(1, t.labels.n_outputs)]
     for names, what in ((t.train_cases, 'training cases: it cannot be learned'), (t.val_cases, "validation cases: its patch Dice will be '-' or 0")):

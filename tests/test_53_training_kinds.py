@@ -93,6 +93,25 @@ def test_regions_and_an_ignore_label(regions, tmp_path):
     assert 'patch Dice (estimate) whole' in (trainer.folder/'log.txt').read_text()
 
 
+@pytest.mark.parametrize('lost', ['one', 'all'])
+def test_cases_of_which_nobody_judged_a_voxel(task, tmp_path, lost):
+    "A loss over no voxels looks excellent: what teaches nothing is said, and where it is everything nothing is trained"
+    copy = shutil.copytree(task, tmp_path/'Balls')
+    declare(copy, labels={'background': 0, 'ball': 1, 'core': 2, 'ignore': 3})
+    first = Trainer(copy, tmp_path/'m', **QUICK).train_cases[0]
+    def change(data, seg):
+        gone = lost == 'all' or np.array_equal(data, np.array(load_preprocessed(task/'3d_fullres')[first].data))
+        if gone: seg[:] = 3
+        return data, seg, {'judged_voxels': [100, 0 if gone else 99]}
+    rewrite(copy, change)
+    if lost == 'all':
+        with pytest.raises(TrainingError, match='nobody has judged a voxel of any training case.*--edit'): Trainer(copy, tmp_path/'m', **QUICK)
+    else:
+        trainer = Trainer(copy, tmp_path/'m', **QUICK)
+        learns(trainer)
+        assert f'of {len(trainer.train_cases)} training cases have no judged voxel and teach nothing: {first}' in (trainer.folder/'log.txt').read_text()
+
+
 def test_an_ignore_label_alone(task, tmp_path):
     copy = shutil.copytree(task, tmp_path/'Balls')
     declare(copy, labels={'background': 0, 'ball': 1, 'core': 2, 'ignore': 3})
