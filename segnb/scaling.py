@@ -179,7 +179,7 @@ def _note(folder, job):
 
 @contextlib.contextmanager
 def _only_runner(folder, job):
-    "Hold the lock of a job; yields False if another process holds it"
+    "Hold the lock of a job; yields it, or False if another process holds it"
     from filelock import FileLock, Timeout
     (folder/'state').mkdir(exist_ok=True)
     lock = FileLock(folder/'state'/f'.{job.name}.lock')
@@ -187,11 +187,11 @@ def _only_runner(folder, job):
     except Timeout:
         yield False
         return
-    try: yield True
+    try: yield lock
     finally: lock.release()
 
 def _lock_is_free(folder, job):
-    with _only_runner(folder, job) as free: return free
+    with _only_runner(folder, job) as free: return bool(free)
 
 # %% ../nbs/85_scaling.ipynb #3d44f9a5
 def run_job(
@@ -207,14 +207,17 @@ def run_job(
         say(f'{job.name} is done already')
         return 0
     if early := [a for a in job.after if states[a] != 'done']: raise JobError('a job must wait for others', case=job.name, found=', '.join(f'{a} is {states[a]}' for a in early), fix='run those first')
-    with _only_runner(folder, job) as mine:
-        if not mine: raise JobError('the job is running already', case=job.name, found=f"on {_note(folder, job).get('host', 'another machine')}")
-        return _carry_out(folder, job, _works(jobs), say)
+    with _only_runner(folder, job) as lock:
+        if not lock: raise JobError('the job is running already', case=job.name, found=f"on {_note(folder, job).get('host', 'another machine')}")
+        if _note(folder, job).get('state') == 'done' and job_states(folder, jobs)[job.name] == 'done': # another runner was faster
+            say(f'{job.name} is done already')
+            return 0
+        return _carry_out(folder, job, _works(jobs), say, lock)
 
 # %% ../nbs/85_scaling.ipynb #856f28da
 _INTERRUPTED = 75  # EX_TEMPFAIL
 
-def _carry_out(folder, job, works, say):
+def _carry_out(folder, job, works, say, lock):
     "Start the command of a job and wait for it"
     words, began = job_command(job), time.time()
     attempt, host = _note(folder, job).get('attempts', 0) + 1, os.uname().nodename if hasattr(os, 'uname') else ''
@@ -226,7 +229,7 @@ def _carry_out(folder, job, works, say):
     with open(log, 'a', encoding='utf-8') as out:
         out.write(f"---- {note['began']} on {host}, attempt {attempt}: {shlex.join(words)}\n")
         out.flush()
-        try: status, asked = _wait(words, out)
+        try: status, asked = _wait(words, out, lock)
         except OSError as e: status, asked = 127, out.write(f'{words[0]}: {e.strerror}\n') and False
     lost = [f for f in job.makes if not os.path.exists(f)] if status == 0 else []
     if lost: status = 1
@@ -236,20 +239,23 @@ def _carry_out(folder, job, works, say):
     say(f"{job.name}: {state} after {found['seconds']} s" + (f', status {status}; see {log}' if status else '') + (f'; it ended well, but there is no {lost[0]}' if lost else ''))
     return _INTERRUPTED if asked and status else status
 
-def _wait(words, out):
+def _wait(words, out, lock):
     "Run a command in a group of its own, pass on requests to end; its status, and whether it was asked to end"
-    asked, here = [], threading.current_thread() is threading.main_thread()
+    asked, child, here = [], None, threading.current_thread() is threading.main_thread()
     def pass_on(number, _):
         asked.append(number)
+        if child is None: return
         with contextlib.suppress(ProcessLookupError): os.killpg(child.pid, signal.SIGTERM)
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)} if here else {}
-    child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    held = () if os.name == 'nt' else (lock._context.lock_file_fd,) # the command holds the lock, too: it may outlive us
     try:
         for n in before: signal.signal(n, pass_on)
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=held)
+        if asked: pass_on(asked[0], None) # while it was started
         return child.wait(), bool(asked)
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
-        if child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
+        if child is not None and child.poll() is None: os.killpg(child.pid, signal.SIGKILL)
 
 # %% ../nbs/85_scaling.ipynb #29d35d13
 def job_command(
@@ -295,9 +301,11 @@ _ARRAY = '''#!/bin/bash
 cd {folder} || exit 2
 {setup}
 python=${{SEGNB_PYTHON:-{python}}}
+asked=
+trap 'asked=yes; kill -TERM $! 2>/dev/null' TERM INT
 "$python" -m segnb.scaling run . "$SLURM_ARRAY_TASK_ID" &
 child=$!
-trap 'kill -TERM $child 2>/dev/null' TERM INT
+[ -z "$asked" ] || kill -TERM $child 2>/dev/null
 wait $child; status=$?
 while kill -0 $child 2>/dev/null; do wait $child; status=$?; done
 # 75: it was asked to end and can go on; SLURM queues it again, at most {requeues} times
@@ -467,12 +475,12 @@ def _end(children, grace=20):
 def _unfinished(folder, jobs, states):
     "The error that names what failed, with its last words"
     bad = [j for j in jobs if states[j.name] in ('failed', 'interrupted', 'lost')]
-    left = [j.name for j in jobs if states[j.name] not in ('done', 'failed', 'interrupted', 'lost')]
+    left, away = [j.name for j in jobs if states[j.name] in ('ready', 'waiting')], [j.name for j in jobs if states[j.name] == 'running']
     def last(j):
         log = folder/'logs'/f'{j.name}.log'
         words = [line for line in log.read_text(encoding='utf-8', errors='replace').splitlines() if line.strip() and not line.startswith('---- ')] if log.exists() else []
         return f"{j.name} is {states[j.name]}: {words[-1] if words else 'it said nothing'} ({log})"
-    error = JobError(f'{len(bad)} of {len(jobs)} jobs failed' + (f", {len(left)} could not begin ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})" if left else '') + ':\n  ' + '\n  '.join(last(j) for j in bad),
+    error = JobError(f'{len(bad)} of {len(jobs)} jobs failed' + ''.join(f", {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for names, what in ((away, 'still run elsewhere'), (left, 'could not begin')) if names) + ':\n  ' + '\n  '.join(last(j) for j in bad),
                      fix='mend the cause and run the same line again: what is done stays')
     error.states = states
     return error

@@ -1,5 +1,5 @@
 """Jobs: array scripts run by a false SLURM and by the local driver, real trainings cut off and gone on with; one training over two nodes."""
-import json, os, shutil, signal, socket, subprocess, sys, threading, time
+import contextlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 
 import psutil
@@ -60,6 +60,21 @@ def slurm(tmp_path, monkeypatch):
 
 def sh(text): return ('sh', '-c', text)
 
+def until(found, seconds=120):
+    "What `found` gives as soon as it is something; how long that takes is the machine's affair"
+    end = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < end, 'waited in vain'
+        time.sleep(.02)
+    return value
+
+def said_in(file): return file.exists() and file.read_text().strip()
+
+def driver_of(jobs):
+    "A process that runs the jobs of a folder"
+    code = f'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nfrom segnb.scaling import run_jobs; run_jobs({str(jobs)!r})'
+    return subprocess.Popen([sys.executable, '-c', code], stderr=subprocess.PIPE, text=True)
+
 def toys(folder, fails=''):
     "prepare, three folds, choose"
     def one(name, after=()): return Job(name, sh(f"{'exit 3; ' if name == fails else ''}echo {name} >> {folder}/order; echo x > {folder}/{name}.made"), after, (str(folder/f'{name}.made'),))
@@ -106,12 +121,13 @@ def test_a_time_limit_queues_a_job_again_and_it_goes_on(tmp_path, slurm):
     submit = write_slurm([job], tmp_path/'jobs', grace=7)
     assert '--signal=B:TERM@7' in (tmp_path/'jobs'/'00_long.sh').read_text()
     run = subprocess.Popen(['bash', submit], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while not begun.exists(): time.sleep(.05)
-    time.sleep(.3)
-    shell = next(p for p in processes('bash 00_long.sh') if psutil.Process(p).cwd() == str(tmp_path/'jobs'))
+    until(lambda: said_in(begun))
+    def folder_of(pid): # processes of others come and go
+        with contextlib.suppress(psutil.Error): return psutil.Process(pid).cwd()
+    shell = next(p for p in processes('bash 00_long.sh') if folder_of(p) == str(tmp_path/'jobs'))
     children = psutil.Process(shell).children(recursive=True)
     os.kill(shell, signal.SIGTERM) # what --signal=B:TERM does
-    run.communicate(timeout=60)
+    run.communicate(timeout=300)
     assert made.read_text() == 'went on\n'
     note = json.loads((tmp_path/'jobs'/'state'/'long.json').read_text())
     assert note['state'] == 'done' and note['attempts'] == 2
@@ -119,33 +135,83 @@ def test_a_time_limit_queues_a_job_again_and_it_goes_on(tmp_path, slurm):
 
 
 def test_the_local_driver_keeps_order_and_runs_side_by_side(tmp_path):
-    jobs = [Job(f'a-{k}', sh(f'date +%s.%N > {tmp_path}/b{k}; sleep .8; date +%s.%N > {tmp_path}/e{k}; echo $CUDA_VISIBLE_DEVICES > {tmp_path}/d{k}')) for k in range(2)]
-    jobs.append(Job('z', sh(f'date +%s.%N > {tmp_path}/b2'), ('a-0', 'a-1')))
+    meet = 'n=0; while [ ! -e {0}/b{2} ] && [ $n -lt 1200 ]; do sleep .1; n=$((n+1)); done; [ -e {0}/b{2} ]' # each waits for the other, who must have begun
+    jobs = [Job(f'a-{k}', sh(f'touch {tmp_path}/b{k}; {meet.format(tmp_path, k, 1 - k)} && echo $CUDA_VISIBLE_DEVICES > {tmp_path}/d{k}')) for k in range(2)]
+    jobs.append(Job('z', sh(f'cat {tmp_path}/d0 {tmp_path}/d1 > {tmp_path}/both'), ('a-0', 'a-1')))
     write_slurm(jobs, tmp_path/'jobs')
-    run_jobs(tmp_path/'jobs', 2, devices=('5', '7'), progress=False)
-    t = {f.name: float(f.read_text()) for f in tmp_path.glob('[be]?')}
-    assert max(t['b0'], t['b1']) < min(t['e0'], t['e1']), 'not side by side'
-    assert t['b2'] > max(t['e0'], t['e1']), 'did not wait'
+    assert set(run_jobs(tmp_path/'jobs', 2, devices=('5', '7'), progress=False).values()) == {'done'}, 'not side by side'
+    assert sorted((tmp_path/'both').read_text().split()) == ['5', '7'], 'did not wait'
     assert sorted((tmp_path/f'd{k}').read_text().strip() for k in range(2)) == ['5', '7']
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_who_stops_the_driver_leaves_nothing_running(tmp_path, number):
     write_slurm([Job('long', sh(f'echo $$ > {tmp_path}/pid; sleep 77')), Job('other', sh('true'), ('long',))], tmp_path/'jobs')
-    driver = subprocess.Popen([sys.executable, '-c', f'import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\nfrom segnb.scaling import run_jobs; run_jobs({str(tmp_path/"jobs")!r})'], stderr=subprocess.DEVNULL)
-    while not (tmp_path/'pid').exists(): time.sleep(.05)
-    time.sleep(.3)
+    driver = driver_of(tmp_path/'jobs')
+    pid = int(until(lambda: said_in(tmp_path/'pid')))
     driver.send_signal(number)
-    driver.wait(40)
-    pid = int((tmp_path/'pid').read_text())
-    assert not Path(f'/proc/{pid}').exists() and job_states(tmp_path/'jobs')['long'] == 'interrupted'
+    driver.communicate(timeout=120)
+    assert not psutil.pid_exists(pid) and job_states(tmp_path/'jobs')['long'] == 'interrupted'
+
+
+def test_a_request_to_end_finds_the_runner_at_any_moment(tmp_path, monkeypatch):
+    "Also between the start of the command and the next line"
+    from segnb import scaling
+    def started(*words, popen=subprocess.Popen, **how):
+        os.kill(os.getpid(), signal.SIGTERM) # before it begins
+        child = popen(*words, **how)
+        os.kill(os.getpid(), signal.SIGTERM) # before anybody knows its number
+        return child
+    write_slurm([Job('long', sh('sleep 77'))], tmp_path/'jobs')
+    monkeypatch.setattr(scaling.subprocess, 'Popen', started)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run_job(tmp_path/'jobs', 0, str) == 75 and signal.getsignal(signal.SIGTERM) is before
+    assert job_states(tmp_path/'jobs') == {'long': 'interrupted'}
+
+
+def test_the_command_of_a_killed_runner_is_not_started_beside_itself(tmp_path):
+    write_slurm([Job('long', sh(f'echo $$ >> {tmp_path}/pids; while [ ! -e {tmp_path}/end ]; do sleep .1; done'))], tmp_path/'jobs')
+    runner = subprocess.Popen([sys.executable, '-m', 'segnb.scaling', 'run', str(tmp_path/'jobs'), '0'], stdout=subprocess.DEVNULL)
+    pid = int(until(lambda: said_in(tmp_path/'pids')))
+    runner.kill(); runner.wait()
+    assert psutil.pid_exists(pid) and job_states(tmp_path/'jobs') == {'long': 'running'} and jobs_todo(tmp_path/'jobs') == []
+    with pytest.raises(JobError, match='running already'): run_job(tmp_path/'jobs', 0, str)
+    with pytest.raises(JobError, match=r'0 of 1 jobs failed, 1 still run elsewhere \(long\)'): run_jobs(tmp_path/'jobs', progress=False)
+    (tmp_path/'end').touch()
+    until(lambda: job_states(tmp_path/'jobs') == {'long': 'lost'})
+    assert run_job(tmp_path/'jobs', 0, str) == 0 and len((tmp_path/'pids').read_text().split()) == 2
+
+
+def test_two_drivers_on_one_folder_run_no_job_twice(tmp_path):
+    names = [f'j-{k}' for k in range(3)]
+    write_slurm([Job(n, sh(f'echo {n} >> {tmp_path}/order; sleep .4; touch {tmp_path}/{n}'), (), (f'{tmp_path}/{n}',)) for n in names], tmp_path/'jobs')
+    drivers = [driver_of(tmp_path/'jobs') for _ in range(2)]
+    for d in drivers: assert d.communicate(timeout=300)[1].count('JobError') <= 1 # who comes second may find that the rest runs elsewhere
+    run_jobs(tmp_path/'jobs', progress=False)
+    assert sorted((tmp_path/'order').read_text().split()) == names
+
+
+def test_who_had_to_wait_for_the_lock_looks_again(tmp_path, monkeypatch):
+    from segnb import scaling
+    write_slurm([Job('one', sh(f'echo x >> {tmp_path}/began'))], tmp_path/'jobs')
+    lock, nested = scaling._only_runner, []
+    @contextlib.contextmanager
+    def late(folder, job): # another runner does all of it after the first look
+        if not nested:
+            nested.append(1)
+            run_job(tmp_path/'jobs', 0, str)
+        with lock(folder, job) as mine: yield mine
+    monkeypatch.setattr(scaling, '_only_runner', late)
+    said = []
+    assert run_job(tmp_path/'jobs', 0, said.append) == 0 and said == ['one is done already']
+    assert (tmp_path/'began').read_text() == 'x\n'
 
 
 def test_two_runners_of_one_job(tmp_path):
     write_slurm([Job('long', sh(f'echo x >> {tmp_path}/began; while [ ! -e {tmp_path}/end ]; do sleep .1; done'))], tmp_path/'jobs')
     first = threading.Thread(target=run_job, args=(tmp_path/'jobs', 0, str))
     first.start()
-    while not (tmp_path/'began').exists(): time.sleep(.02)
+    until(lambda: said_in(tmp_path/'began'))
     assert job_states(tmp_path/'jobs') == {'long': 'running'} and jobs_todo(tmp_path/'jobs') == []
     out = subprocess.run([sys.executable, '-m', 'segnb.scaling', 'run', str(tmp_path/'jobs'), '0'], capture_output=True, text=True)
     assert out.returncode == 2 and 'running already' in out.stderr
@@ -245,9 +311,10 @@ def test_a_fold_killed_in_the_middle_goes_on_and_makes_what_one_run_makes(planne
     write_slurm(jobs, tmp_path/'jobs', setup='export OMP_NUM_THREADS=1')
     model, killed = workspace/'models'/raw.name/'3d_fullres', []
     def kill(): # as soon as something is saved; a second epoch and the validation are still to come
-        while not (model/'fold_0'/'checkpoint_latest.pt').exists(): time.sleep(.01)
-        for pid in processes(str(workspace), 'segnb.cli train 201 0'): killed.append(os.kill(pid, signal.SIGKILL))
-    thread = threading.Thread(target=kill); thread.start()
+        until((model/'fold_0'/'checkpoint_latest.pt').exists, 300)
+        for pid in processes(str(workspace), 'segnb.cli train 201 0'):
+            with contextlib.suppress(ProcessLookupError): killed.append(os.kill(pid, signal.SIGKILL))
+    thread = threading.Thread(target=kill, daemon=True); thread.start()
     with pytest.raises(JobError, match='train-3d_fullres-0 is failed'): run_jobs(tmp_path/'jobs', progress=False)
     thread.join()
     assert killed and job_states(tmp_path/'jobs') == {'train-3d_fullres-0': 'failed', 'select': 'waiting'}
@@ -265,7 +332,7 @@ def test_one_training_over_two_nodes(planned, alone, tmp_path):
     line = torchrun_line(f"segnb train 201 0 -w {workspace} {' '.join(map(str, QUICK))} --precision fp32 --no-validation -j 0", 2, 1, 'localhost', free_port(), 'two')
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     nodes = [subprocess.Popen(line, shell=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
-    said = [n.communicate(timeout=200)[0] for n in nodes]
+    said = [n.communicate(timeout=600)[0] for n in nodes]
     assert [n.returncode for n in nodes] == [0, 0], said
     assert trained_as_alone(workspace/'models'/planned[0].name/'3d_fullres', alone)
 
