@@ -7,7 +7,7 @@ __all__ = ['split_windows', 'join_windows', 'WindowAttention', 'SwinBlock', 'Swi
            'check_network', 'stored_source', 'build_monai']
 
 # %% ../nbs/82_custom_network.ipynb #c2c7935e
-import functools
+import functools, math
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -149,7 +149,7 @@ def build_swin_unet(
 # %% ../nbs/82_custom_network.ipynb #53f8a413
 @dataclass
 class NetworkCheck:
-    "What a probe of a factory found; `problems` are things that do not stop a training but spoil something later"
+    "What a probe of a factory found; `problems` are things that no refusal meets at once, but that spoil a training or a prediction"
     name:str           # Of the factory
     outputs:list       # Spatial shape of every output, full resolution first
     weights:list       # What each output counts in the loss
@@ -186,19 +186,32 @@ def check_network(
     how, patch_size = (plan, plans.n_inputs(configuration), n_outputs or len(plans.labels) + 1), tuple(plan.patch_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = make_network(factory, *how, deep_supervision=True).to(device)
+        net = _learnable(make_network(factory, *how, deep_supervision=True)).to(device)
         shapes = output_shapes(net, *how[1:], patch_size)
         planned = [tuple(round(n * s) for n, s in zip(patch_size, scale)) for scale in deep_supervision_scales(plan.pool_op_kernel_sizes)]
         losses, kept, idle = _train_on_noise(net, how[1], shapes, steps, patch_size)
         problems = [f"{len(idle)} parameter(s) never got a gradient: {', '.join(idle[:3])}"] if idle else []
         if not losses[-1] < losses[0]: problems.append('the loss on a single batch did not fall')
         problems += _predicts(net, factory, how, patch_size)
+        if not all(map(math.isfinite, losses)): problems = ['its answer to noise is NaN or infinite, and so is the loss'] # the rest follows from it
         if origin['lost']: problems.append(f"these options cannot be kept: {', '.join(origin['lost'])}")
         divisor = tuple(_smallest_step(net, how[1], patch_size, axis) for axis in range(len(patch_size)))
     weights = list(deep_supervision_weights(len(shapes), shapes != planned or plans.planner == 'nnunet_v1_residual'))
     return NetworkCheck(origin['name'], shapes, weights, count_parameters(net), kept, losses, divisor, origin, problems)
 
 # %% ../nbs/82_custom_network.ipynb #a2d7871c
+def _learnable(net):
+    "The network, if it has numbers that can be learned; else `NetworkError`"
+    parameters = dict(net.named_parameters())
+    def first(test): return next((name for name, p in parameters.items() if test(p)), None)
+    if name := first(lambda p: isinstance(p, nn.parameter.UninitializedParameter)):
+        raise NetworkError('a parameter has no size yet', found=name, expected='all sizes, before anything is asked of the network',
+                           fix='say the numbers of channels; nn.Lazy... learns them from a patch')
+    if name := first(lambda p: p.is_meta): raise NetworkError('a parameter has no numbers', found=f'{name} on the device meta', expected='a network on the CPU')
+    if not first(lambda p: p.requires_grad):
+        raise NetworkError('nothing of the network can be trained', found=f'{len(parameters)} parameters, none of which asks for a gradient')
+    return net
+
 def _train_on_noise(net, in_channels, shapes, steps, patch_size):
     "Losses of a few steps on one batch, the bytes that a step keeps for its way back, and the parameters without a gradient"
     x, axes, kept = torch.randn(2, in_channels, *patch_size, device=next(net.parameters()).device), len(patch_size), {}
@@ -231,9 +244,12 @@ def _predicts(net, factory, how, patch_size):
         raise NetworkError('the weights of a training would not load for a prediction', found=strange,
                            expected='the same names and shapes each time it is built')
     other.load_state_dict(state)
-    with torch.no_grad(): ours, again, alone = (list_outputs(n.eval()(y), axes)[0] for n, y in ((net, x), (other, x), (other, x[:1])))
+    with torch.no_grad(): ours, twice, again, alone = (list_outputs(n.eval()(y), axes)[0] for n, y in ((net, x), (net, x), (other, x), (other, x[:1])))
     close = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)
-    problems = [] if close(ours, again) else ['after saving and loading it answers otherwise: something is not in its state_dict, or is drawn anew']
+    problems = ['its answers lie between 0 and 1: give logits, of which loss and prediction make probabilities'] if ours.min() >= 0 and ours.max() <= 1 else []
+    if other is net: problems.append('the factory gives the same module each time, so that folds and trials share their weights')
+    if not close(ours, twice): return [*problems, 'asked twice it answers otherwise: something is drawn or counted while it predicts, such as dropout that is never off']
+    if not close(ours, again): problems.append('after saving and loading it answers otherwise: something is not in its state_dict, or is drawn anew')
     return problems + ([] if close(again[:1], alone) else ['its answer for a patch depends on the others of the batch'])
 
 def _smallest_step(net, in_channels, patch_size, axis):

@@ -355,3 +355,69 @@ def test_the_probe_refuses_weights_that_would_not_load(task):
     def build(c, i, n, deep_supervision=True): return nn.Sequential(nn.Conv3d(i, n, 1), *([] if deep_supervision is None else [nn.Conv3d(n, n, 1 + 2 * next(sizes), padding='same')]))
     sizes = iter(range(9))
     with pytest.raises(NetworkError, match='would not load.*found 1.weight'): check_network(build, Plans.load(task/'plans.json'))
+
+
+# Networks and files of people in a hurry -----------------------------------------------------------------------------------------
+class Careless(nn.Module):
+    "One convolution, and a slip"
+    def __init__(self, i, n, slip):
+        super().__init__()
+        self.conv, self.slip, self.asked = nn.Conv3d(i, n, 3, padding=1), slip, 0
+    def forward(self, x):
+        y = self.conv(x)
+        self.asked += 1
+        if self.slip == 'NaN': return y * float('nan')
+        if self.slip == 'dropout': return nn.functional.dropout(y, .5)
+        if self.slip == 'counts': return y * (1 + .01*self.asked)
+        if self.slip == 'softmax': return y.softmax(1)
+        if self.slip == 'sigmoid': return y.sigmoid()
+        return y
+
+
+@pytest.mark.parametrize('slip, words', [('NaN', ['NaN or infinite']), ('dropout', ['asked twice']), ('counts', ['asked twice']), ('softmax', ['between 0 and 1']), ('sigmoid', ['between 0 and 1']), (None, [])])
+def test_the_probe_says_what_a_slip_is_and_nothing_that_only_follows(task, slip, words):
+    found = check_network(lambda c, i, n: Careless(i, n, slip), Plans.load(task/'plans.json')).problems
+    assert len(found) == len(words) and all(w in p for w, p in zip(words, found)), found
+
+
+def test_the_probe_names_a_module_that_is_handed_out_again(task):
+    one = {}
+    def build(c, i, n): return one.setdefault('it', Careless(i, n, None))
+    assert ['same module each time' in p for p in check_network(build, Plans.load(task/'plans.json')).problems] == [True]
+
+
+class Lazy(nn.Module):
+    def __init__(self, n): super().__init__(); self.conv = nn.LazyConv3d(n, 1)
+    def forward(self, x): return self.conv(x)
+
+
+@pytest.mark.parametrize('build, words', [(lambda c, i, n: Lazy(n), 'no size yet; found conv.weight'), (lambda c, i, n: nn.Conv3d(i, n, 1, device='meta'), 'no numbers; found weight on the device meta'),
+                                          (lambda c, i, n: nn.Conv3d(i, n, 1).requires_grad_(False), 'can be trained; found 2 parameters'), (lambda c, i, n: nn.Softmax(1), 'can be trained; found 0 parameters'),
+                                          (lambda c, i, n: nn.Conv3d(i, n, 1).double(), 'cannot take a batch'), (lambda c, i, n: nn.Conv3d(i, n, 2, 2), 'not the size of the patch'),
+                                          (lambda c, i, n: nn.Conv3d(i, n + 1, 1), 'does not fit'), (Careless, 'cannot build'), (Careless(1, 2, None), 'cannot build')], ids=range(9))
+def test_the_probe_refuses_what_cannot_be_trained(task, build, words):
+    with pytest.raises(NetworkError, match=words): check_network(build, Plans.load(task/'plans.json'))
+
+
+@pytest.mark.parametrize('text, words', [('def build(:\n', 'cannot be run; found SyntaxError'), ('import nothing_of_the_kind\n' + NET, 'ModuleNotFoundError.*nothing_of_the_kind'), ('raise ValueError("no")\n', 'ValueError: no'),
+                                         ('\0', 'cannot be run'), ('build = 3\n', 'no function'), ('def bild(): pass\n', 'has no build; expected bild')])
+def test_files_that_cannot_be_used(task, tmp_path, text, words):
+    (tmp_path/'net.py').write_text(text)
+    with pytest.raises(NetworkError, match=words): check_network(f"{tmp_path/'net.py'}:build", Plans.load(task/'plans.json'))
+
+
+@pytest.mark.parametrize('name', ['json.py', 'torch.py', 'segnb.py', 'random.py', 'my net (2).py'])
+def test_files_with_the_names_of_others(task, tmp_path, name):
+    "A file is itself, whatever module is called so, and hides none of them"
+    import json as before, random
+    (tmp_path/name).write_text('import json, random\nassert json.dumps and random.random\n' + NET)
+    found = check_network(f'{tmp_path/name}:build', Plans.load(task/'plans.json'))
+    assert found.origin['kind'] == 'file' and sys.modules['json'] is before and sys.modules['random'] is random and not found.problems
+    assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.parametrize('options, lost', [({'activation': lambda: nn.Mish()}, ['activation']), ({'norm': lambda channels, axes: nn.Identity()}, ['norm']), ({'activation': 'mish'}, []), ({'dropout': np.float64(.1)}, [])], ids=range(4))
+def test_options_that_json_cannot_hold_are_said(task, options, lost):
+    found = check_network('segnb.network:build_unet', Plans.load(task/'plans.json'), **options)
+    assert found.origin['lost'] == lost and [p for p in found.problems if 'cannot be kept' in p] == [f"these options cannot be kept: {', '.join(lost)}"] * bool(lost)
+    json.dumps(found.origin)
