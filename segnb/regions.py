@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['BRATS_CONVENTION', 'BRATS_VALUES', 'SPARSE', 'RegionError', 'region_order', 'regions_from_classes', 'lost_labels',
            'make_region_dataset', 'nesting', 'contradictions', 'make_nested', 'brats_scores', 'SmallRegion',
-           'determine_small_region', 'to_brats', 'from_brats', 'export_brats', 'sparse_slices', 'sparse_scribbles',
-           'make_sparse_dataset', 'AnnotatedLoader', 'annotated_batches']
+           'determine_small_region', 'RegionPostprocessing', 'load_postprocessing', 'decide_small_region', 'to_brats',
+           'from_brats', 'export_brats', 'sparse_slices', 'sparse_scribbles', 'make_sparse_dataset', 'AnnotatedLoader',
+           'annotated_batches']
 
 # %% ../nbs/81_regions.ipynb #7904b18b
 import math, os, re, tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 import numpy as np
 from .dataset import Dataset, convert_nnunet
@@ -18,6 +19,7 @@ from .image import SegnbError, image_ending, read_label_map, write_label_map
 from .labels import Labels
 from .loader import PatchLoader, patch_bounds, start_around
 from .metrics import Convention, evaluate_case
+from .postprocessing import Postprocessing, PostprocessingError, _from_segnb, label_files, validation_files
 from .workers import keyed_rng, parallel_map, read_json, write_json
 
 # %% ../nbs/81_regions.ipynb #082d2b27
@@ -186,6 +188,11 @@ class SmallRegion:
     replace_with:int # Label that is written instead: that of the region around it
     min_voxels:int   # Fewer voxels than this, in all, are replaced; 0: nothing ever
     means:dict=None  # {size tried: mean Dice of the region}
+    names:tuple=()   # Of the region and of the one around it
+
+    def __post_init__(self):
+        if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in (self.value, self.replace_with, self.min_voxels)) or not self.value:
+            raise RegionError('such a decision cannot be', found=self, expected='a label above 0, the label instead of it, and a number of voxels from 0')
 
     def apply(self,
         label_map:np.ndarray, # Integer array of any shape
@@ -202,6 +209,8 @@ def determine_small_region(
     region:str=None,  # Name of an innermost region; None: the innermost
     *,
     sizes=(0, 10, 50, 100, 200, 500, 750, 1000, 1500, 2500, 10000), # To try, voxels
+    after=None,       # `Postprocessing` that is applied first; None: the predictions are taken as they are
+    n_workers:int=0,  # Processes that read files; 0: this one; None: the machine decides
 )->SmallRegion:       # The best size, the smallest on ties
     "Find below which size a region had better be dropped, by its mean Dice; nothing said where nothing is counts as 1; raises `RegionError`"
     inner = {n: outer for n, outer in nesting(labels).items() if len(labels.regions[n]) == 1 and outer}
@@ -209,27 +218,94 @@ def determine_small_region(
     if region not in inner: raise RegionError('this is no region inside of another with one label', found=region, expected=', '.join(inner) or 'nested regions')
     writes = dict(zip(labels.regions, labels.region_order))
     value, around = (labels.values[k] for k in (writes[region], writes[min(inner[region], key=lambda n: len(labels.regions[n]))]))
-    counts = np.array([_overlap_counts(p, t, value, labels.values.get(labels.ignore)) for p, t in _paired_maps(predictions, reference)])
-    said, true, shared = counts.T
-    dice = np.divide(2*shared, said + true, out=np.ones(len(counts)), where=said + true > 0)
+    cases = _paired_maps(predictions, reference)
+    jobs = [(*pair, value, labels.values.get(labels.ignore), after) for pair in cases.values()]
+    said, true, shared = np.array(parallel_map(_overlap_counts, jobs, n_workers, names=list(cases), step='small regions')).T
+    dice = np.divide(2*shared, said + true, out=np.ones(len(cases)), where=said + true > 0)
     means = {int(n): float(np.where(said < n, true == 0, dice).mean()) for n in sorted({0, *sizes})}
-    return SmallRegion(value, around, max(means, key=means.get), means)
+    return SmallRegion(value, around, max(means, key=means.get), means, (region, next(n for n, k in writes.items() if labels.values[k] == around)))
 
 # %% ../nbs/81_regions.ipynb #29680b97
 def _paired_maps(predictions, reference):
-    "(prediction, reference) of every case, files or arrays"
-    from segnb.postprocessing import label_files
+    "{case: (prediction, reference)}, files or arrays"
     said, true = (maps if isinstance(maps, dict) else label_files(maps) for maps in (predictions, reference))
     if missing := sorted({*said} - {*true}): raise RegionError(f'{len(missing)} case(s) have no reference', case=', '.join(missing[:5]))
     if not said: raise RegionError('there are no cases to decide from', expected='one at least')
-    return [(said[c], true[c]) for c in said]
+    return {c: (said[c], true[c]) for c in said}
 
-def _overlap_counts(prediction, reference, value, ignore):
+def _overlap_counts(job):
     "Voxels of a label in the prediction, in the reference and in both, where somebody judged"
-    p, t = (m if isinstance(m, np.ndarray) else read_label_map(m)[0] for m in (prediction, reference))
+    prediction, reference, value, ignore, after = job
+    (p, grid), (t, _) = ((m, None) if isinstance(m, np.ndarray) else read_label_map(m) for m in (prediction, reference))
+    if after is not None: p = after.apply(p, grid and grid.spacing)
     if p.shape != t.shape: raise RegionError('prediction and reference differ in shape', found=p.shape, expected=t.shape)
     said, true = (p == value) & (t != ignore) if ignore is not None else p == value, t == value
     return int(said.sum()), int(true.sum()), int((said & true).sum())
+
+# %% ../nbs/81_regions.ipynb #c6767b96
+@dataclass(frozen=True)
+class RegionPostprocessing(Postprocessing):
+    "Hold two decisions: of which labels the largest piece is kept, and then which region is too small to be believed"
+    small:SmallRegion=None # The second; None: no region is
+
+    def apply(self,
+        labels:np.ndarray, # (Z, Y, X) integers, the numbers that files hold
+        spacing=None,      # (z, y, x) mm; needed where there are minimum sizes
+    )->np.ndarray:         # (Z, Y, X), a copy
+        "Do what the decisions say"
+        kept = Postprocessing.apply(self, labels, spacing)
+        return kept if self.small is None else self.small.apply(kept)
+
+    __call__ = apply
+
+    def pieces(self)->Postprocessing: # The first decision alone
+        "Give what is decided about pieces"
+        return Postprocessing(**{f.name: getattr(self, f.name) for f in fields(Postprocessing)})
+
+    def explain(self)->str: # Lines of text
+        "Say in words what is removed and what is replaced, and what that did to the mean Dice"
+        if (s := self.small) is None: return self.pieces().explain()
+        inner, outer = s.names or (f'label {s.value}', f'label {s.replace_with}')
+        gain = f': its mean Dice goes from {s.means[0]:.4f} to {s.means[s.min_voxels]:.4f}' if s.means else ''
+        said = f'fewer than {s.min_voxels} voxels in all become {outer}{gain}' if s.min_voxels else f'no size is too small{gain[:-len(" to 0.0000")]}'
+        return f'{self.pieces().explain()}\n{inner}: {said}.'
+
+    def save(self, file): # Where to, for example postprocessing.json
+        "Write both decisions as JSON, whole or not at all; `load_postprocessing` reads them"
+        pieces = asdict(self.pieces()) | {'min_sizes': None if self.min_sizes is None else [*self.min_sizes.items()]}
+        write_json({'pieces': pieces, 'small_region': self.small and asdict(self.small)}, file)
+
+# %% ../nbs/81_regions.ipynb #27b151b9
+def load_postprocessing(
+    file, # postprocessing.json of segnb or of nnU-Net v1
+)->Postprocessing: # A `RegionPostprocessing` where the file also says which region is too small
+    "Read what is done with label maps before they are written; raises `PostprocessingError` for a file that holds no decision"
+    if 'small_region' not in (d := read_json(file)): return Postprocessing.load(file)
+    try:
+        if s := d['small_region']: s = SmallRegion(**s | {'means': {int(n): v for n, v in (s['means'] or {}).items()} or None, 'names': tuple(s['names'])})
+        return RegionPostprocessing(**_from_segnb(d['pieces']), small=s)
+    except (TypeError, KeyError, AttributeError, ValueError, SegnbError) as error:
+        raise PostprocessingError('no decision about pieces and a small region', file=file, found=f'{type(error).__name__}: {error}',
+                                  expected='the keys "pieces" and "small_region"') from error
+
+
+def decide_small_region(
+    model,            # Folder of a trained configuration whose folds are validated: models/TaskXXX/3d_fullres
+    reference,        # Folder of reference label maps: preprocessed/TaskXXX/gt_segmentations
+    region:str=None,  # Name of an innermost region; None: the innermost
+    *,
+    folds=None,       # Numbers of the folds; None: all
+    n_workers:int=None,# Processes; 0: this one; None: the machine decides
+    **sizes,          # `sizes` of `determine_small_region`
+)->RegionPostprocessing:
+    "Decide by cross-validation below which size a region is dropped, after what is decided about pieces; both go into postprocessing.json of the model"
+    file = Path(model)/'postprocessing.json'
+    known = load_postprocessing(file) if file.exists() else Postprocessing()
+    pieces, labels = known.pieces() if isinstance(known, RegionPostprocessing) else known, _labels_near(model)
+    small = determine_small_region(validation_files(model, folds), label_files(reference), labels, region, after=pieces, n_workers=n_workers, **sizes)
+    decision = RegionPostprocessing(**{f.name: getattr(pieces, f.name) for f in fields(Postprocessing)}, small=small)
+    decision.save(file)
+    return decision
 
 # %% ../nbs/81_regions.ipynb #76f89346
 def _brats_roles(labels):
@@ -306,7 +382,6 @@ def export_brats(
     n_workers:int=None, # As in `parallel_map`
 )->list:            # Paths of the files
     "Write a folder of predictions with the values of BraTS; raises `RegionError` naming the file"
-    from segnb.postprocessing import label_files
     predictions, out = Path(predictions), Path(out)
     if out.resolve() == predictions.resolve(): raise RegionError('the result would replace the predictions', file=out, fix='choose another folder')
     if roles is None and labels is None: labels = _labels_near(predictions)

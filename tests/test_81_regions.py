@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from segnb.dataset import Dataset, check_dataset, convert_brats
-from segnb.image import Geometry, read_label_map, write_image, write_label_map
+from segnb.image import Geometry, SegnbError, read_label_map, write_image, write_label_map
 from segnb.labels import LabelError, Labels
 from segnb.loss import DeepSupervisionLoss, DiceBCELoss, deep_supervision_weights
 from segnb.metrics import MetricsError, compare_folders, evaluate_case, evaluate_folder
 from segnb.network import build_unet, v1_key_map
-from segnb.regions import (BRATS_VALUES, AnnotatedLoader, RegionError, SmallRegion, brats_scores, contradictions, determine_small_region, export_brats, from_brats, lost_labels,
+from segnb.postprocessing import Postprocessing, PostprocessingError, apply_postprocessing
+from segnb.regions import (BRATS_VALUES, AnnotatedLoader, RegionError, RegionPostprocessing, SmallRegion, brats_scores, contradictions, decide_small_region, determine_small_region, export_brats,
+                           from_brats, load_postprocessing, lost_labels,
                            make_nested, make_region_dataset, make_sparse_dataset, nesting, region_order, regions_from_classes, sparse_scribbles, sparse_slices, to_brats)
 from segnb.sliding_window import predict_sliding_window
 from segnb.training import PatchDice, make_optimizer, training_step
@@ -403,3 +405,80 @@ def test_the_whole_way_on_the_command_line(tmp_path, capsys, monkeypatch):
     assert 'whole tumour' in capsys.readouterr().out
     summary = json.loads((tmp_path/'out'/'summary.json').read_text())
     assert summary['regions']['mean']['whole tumour']['dice'] > .3
+
+
+# small regions in post-processing ------------------------------------------------------------------------------------------
+def decided(**how): return RegionPostprocessing(**dict(which=((1, 2, 3), 3), names={1: 'edema', 2: 'core', 3: 'enhancing'}, n_cases=4, small=SmallRegion(3, 2, 30, {0: .5, 30: .75})) | how)
+
+
+@pytest.mark.parametrize('how', [{}, dict(small=None), dict(which=()), dict(min_sizes={(1, 2, 3): 10., 3: 4.5}), dict(small=SmallRegion(3, 2, 0)), dict(scores={'raw': {1: .5}, 'final': {1: .6}}, small=SmallRegion(3, 1, 7))], ids=range(6))
+def test_both_decisions_there_and_back(how, tmp_path):
+    both = decided(**how)
+    both.save(tmp_path/'postprocessing.json')
+    again = load_postprocessing(tmp_path/'postprocessing.json')
+    assert again == both and again.explain() == both.explain() and isinstance(again, RegionPostprocessing) and type(again.pieces()) is Postprocessing
+    with pytest.raises(PostprocessingError): Postprocessing.load(tmp_path/'postprocessing.json')       # half of it is never done
+    both.pieces().save(tmp_path/'pieces.json')
+    assert load_postprocessing(tmp_path/'pieces.json') == both.pieces()
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_pieces_first_then_the_size(seed):
+    m = np.random.default_rng(seed).choice(4, (8, 9, 10), p=[.4, .2, .2, .2]).astype(np.uint8)
+    for n in (0, 30, 1000):
+        both = decided(small=SmallRegion(3, 2, n))
+        after = both.pieces().apply(m, (1, 1, 1))
+        expected = np.where(after == 3, 2, after) if 0 < (after == 3).sum() < n else after
+        assert np.array_equal(both(m, (1, 1, 1)), expected) and np.array_equal(both.apply(m, (1, 1, 1)), expected) and both(m, (1, 1, 1)).dtype == np.uint8
+    assert np.array_equal(decided(small=None)(m, (1, 1, 1)), decided().pieces()(m, (1, 1, 1)))
+
+
+@pytest.mark.parametrize('text', ['{"small_region": 3}', '{"small_region": {}, "pieces": {}}', '{"small_region": null}', '{"small_region": {"value": "3", "replace_with": 2, "min_voxels": 4, "means": null}, "pieces": {}}',
+                                  '{"small_region": {"value": 3, "replace_with": 2, "min_voxels": 4, "means": {"x": 1}}, "pieces": null}', '[1]', '{', '{}'])
+def test_files_that_hold_no_decision(text, tmp_path):
+    (tmp_path/'p.json').write_text(text)
+    with pytest.raises(SegnbError, match='p.json'): load_postprocessing(tmp_path/'p.json')
+
+
+@pytest.mark.parametrize('wrong', [(0, 2, 4), (3, 2, -1), (3, 2, 1.5), (3, None, 4), (True, 2, 4)])
+def test_small_regions_that_cannot_be(wrong):
+    with pytest.raises(RegionError, match='cannot be'): SmallRegion(*wrong)
+
+
+ROOM = Geometry((1., 1., 1.), (0., 0., 0.), (1., 0., 0., 0., 1., 0., 0., 0., 1.), (10, 12, 12))
+
+
+@pytest.fixture
+def validated(tmp_path):
+    "The folder of a model of regions with two validated folds; two cases without an enhancing part, in which the networks see a little of it"
+    model = tmp_path/'models'/'Task202'/'3d_fullres'
+    (tmp_path/'gt').mkdir()
+    for i in range(4):
+        truth = np.zeros((10, 12, 12), np.uint8)
+        truth[2:8, 2:10, 2:10], truth[3:7, 3:8, 3:8] = 1, 2
+        if i < 2: truth[4:6, 4:7, 4:7] = 3
+        said = truth.copy()
+        said[4, 4, 4:4 + (2 if i >= 2 else 3)] = 3
+        said[0, 0, 0] = 3 if i == 3 else 0                                   # a stray voxel, which the largest piece does away with
+        folder = model/f'fold_{i % 2}'/'validation'
+        folder.mkdir(parents=True, exist_ok=True)
+        write_label_map(truth, ROOM, tmp_path/'gt'/f'c{i}.nii.gz')
+        write_label_map(said, ROOM, folder/f'c{i}.nii.gz')
+    for k in range(2): (model/f'fold_{k}'/'validation'/'summary.json').write_text(json.dumps({'cases': {f'c{i}': {} for i in range(k, 4, 2)}}))
+    (model/'dataset.json').write_text(json.dumps(V1.to_dict('v2') | {'channel_names': {'0': 'T1'}}))
+    return model, tmp_path/'gt'
+
+
+def test_a_small_region_is_decided_by_all_folds_and_kept_with_the_model(validated, tmp_path):
+    model, reference = validated
+    found = decide_small_region(model, reference, sizes=(1, 2, 3, 4, 18, 19), n_workers=0)
+    assert (found.small.value, found.small.replace_with, found.small.min_voxels) == (3, 2, 4) and found.which == ()   # 2 and 3 voxels are said where nothing is, 18 where something is
+    assert load_postprocessing(model/'postprocessing.json') == found and 'fewer than 4 voxels in all become core' in found.explain()
+    Postprocessing(which=(3,), names={3: 'enhancing'}, n_cases=4).save(model/'postprocessing.json')
+    after = decide_small_region(model, reference, 'enhancing', sizes=(1, 2, 3, 4, 18), n_workers=0)
+    assert after.which == (3,) and after.small.min_voxels == 3 and after.n_cases == 4                                # the stray voxel is gone before
+    assert decide_small_region(model, reference, sizes=(1, 2, 3, 4, 18), n_workers=2) == after                       # decided again: from the pieces, not from itself
+    done = apply_postprocessing(tmp_path/'models'/'Task202'/'3d_fullres'/'fold_1'/'validation', tmp_path/'out', after, n_workers=2)
+    assert done == {'c1': 0, 'c3': 3} and not (read_label_map(tmp_path/'out'/'c3.nii.gz')[0] == 3).any() and load_postprocessing(tmp_path/'out'/'postprocessing.json') == after
+    with pytest.raises(RegionError, match='no region inside'): decide_small_region(model, reference, 'whole')
+    with pytest.raises(SegnbError, match='fold'): decide_small_region(model, reference, folds=[5])
