@@ -514,7 +514,7 @@ def dask_client(
             try:
                 if file and not Path(where).exists(): raise ValueError('there is no such file') # Dask would wait for it
                 if not (local or file or ':' in str(where)): raise ValueError('this is no address')
-                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=40)) if local else None
+                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True, dashboard_address='127.0.0.1:0', silence_logs=40)) if local else None
                 where = stack.enter_context(Client(cluster) if local else Client(scheduler_file=str(where), timeout=30) if file else Client(str(where), timeout=30))
             except (OSError, ValueError) as e: raise JobError('no Dask scheduler answers', found=f'{where}: {str(e).splitlines()[0]}', expected='local, local:4, tcp://host:8786, or a scheduler file', fix='start one: dask scheduler') from e
         yield stack.enter_context(use_executor(where))

@@ -86,9 +86,9 @@ def share():
         sum_gradients(nn.Linear(1, 1))
         found['none'] = True
         began = time.monotonic()
-        if me: time.sleep(1)
+        if me: time.sleep(4) # long enough for a busy machine to bring the other one here
         wait_for_all('slept')
-        found['waited'] = time.monotonic() - began > .9 and me == 0
+        found['waited'] = time.monotonic() - began > .5 and me == 0
     with start_world('cpu', timeout=60) as world: found['again'] = int(all_sum(torch.ones(())))
     return found
 
@@ -97,7 +97,7 @@ def full_disk(): raise OSError('no space left, the disk is full')
 
 
 def fail(how):
-    with start_world('cpu', timeout=6) as world:
+    with start_world('cpu', timeout=12 if how == 'hang' else 60) as world: # they also wait so long for each other's start
         all_sum(torch.ones(1))
         if how == 'main': only_main(full_disk)()
         if how == 'networks':
@@ -107,7 +107,7 @@ def fail(how):
         if world.rank == 1:
             if how in ('raise', 'waiting'): raise ValueError('case ct_003 is broken')
             if how == 'kill': os.kill(os.getpid(), 9)
-            if how == 'hang': time.sleep(60)
+            if how == 'hang': time.sleep(120)
         if how == 'waiting': wait_for_all('never')
         all_sum(torch.ones(1))
 

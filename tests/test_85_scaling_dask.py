@@ -31,7 +31,7 @@ def client():
     before = os.environ.get('PYTHONPATH')
     os.environ['PYTHONPATH'] = os.pathsep.join([HERE, str(Path(HERE).parent), before or '']) # workers import this module
     dask.config.set({'distributed.scheduler.allowed-failures': 1}) # the second death is one too many
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=logging.CRITICAL) as cluster:
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address='127.0.0.1:0', silence_logs=logging.CRITICAL) as cluster:
         with distributed.Client(cluster) as client: yield client
     os.environ.pop('PYTHONPATH') if before is None else os.environ.update(PYTHONPATH=before)
 
@@ -41,6 +41,22 @@ def draw(task, rng): return task, float(rng.normal())
 def who(_):
     time.sleep(.2)
     return os.getpid()
+
+def hold(folder):
+    "Note the process, then wait until one of them was killed"
+    (Path(folder)/f'pid_{os.getpid()}').touch()
+    end = time.monotonic() + 120
+    while not (Path(folder)/'killed').exists() and time.monotonic() < end: time.sleep(.05)
+    return os.getpid()
+
+def kill_one(folder, killed):
+    "Kill a process that has noted itself in `folder`"
+    end = time.monotonic() + 120
+    while not (notes := list(Path(folder).glob('pid_*'))) and time.monotonic() < end: time.sleep(.05)
+    time.sleep(1.5) # a worker that dies while its nanny still starts it is not started again
+    killed.append(int(notes[0].name[4:]))
+    os.kill(killed[0], signal.SIGKILL)
+    (Path(folder)/'killed').touch()
 
 def die(task):
     "Kill the worker as often as the file says, after it was seen to work"
@@ -82,17 +98,14 @@ def test_a_killed_workers_task_is_done_again_and_told(client, tmp_path):
     assert found == ['done after 1 deaths'] + ['never asked'] * 4
 
 
-def test_a_worker_killed_from_outside_in_the_middle_of_a_case(client):
+def test_a_worker_killed_from_outside_in_the_middle_of_a_case(client, tmp_path):
     killed = []
-    def kill():
-        time.sleep(.35)
-        for pid in list(client.run(os.getpid).values())[:1]: killed.append(pid); os.kill(pid, signal.SIGKILL)
-    thread = threading.Thread(target=kill); thread.start()
+    thread = threading.Thread(target=kill_one, args=(tmp_path, killed), daemon=True); thread.start()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter('always')
-        found = parallel_map(who, range(12), names=[f'ct_{i}' for i in range(12)], executor=client)
+        found = parallel_map(hold, [str(tmp_path)]*6, names=[f'ct_{i}' for i in range(6)], executor=client)
     thread.join()
-    assert len(found) == 12 and killed and any(w.category is WorkerWarning for w in told)
+    assert len(found) == 6 and not set(killed) & set(found) and any(w.category is WorkerWarning for w in told)
 
 
 def test_a_task_that_kills_every_worker_is_named_and_its_neighbour_is_not_blamed(client, tmp_path):
