@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'TRAINER_OPTIONS', 'V1', 'UsageError', 'find_raw', 'find_pre
            'export_model', 'import_model', 'demo', 'v1_form', 'v1_rows', 'completion']
 
 # %% ../nbs/90_cli.ipynb #59552cda
-import argparse, contextlib, os, sys, warnings
+import argparse, contextlib, os, shlex, sys, warnings
 from pathlib import Path
 from . import __version__
 from .image import SegnbError
@@ -19,20 +19,24 @@ class UsageError(SegnbError):
     "A command line that cannot be carried out as written"
 
 def find_raw(
-    name:str,       # Folder of a raw data set, or its name or number in `workspace/raw`
+    name:str,       # Folder of a raw data set, or its name or number in the folder `raw`
     workspace:Path, # The workspace
 )->Path:            # The folder that holds dataset.json
-    "Find a raw data set by path, name or number; nnU-Net's `nnUNet_raw_data_base` and `nnUNet_raw` are looked into last"
+    "Find a raw data set by path, name or number: in `raw` inside or beside the workspace, then where nnU-Net's `nnUNet_raw_data_base` and `nnUNet_raw` say"
     if os.path.exists(Path(name)/'dataset.json'): return Path(name)
-    places = [workspace/'raw'] + [Path(os.environ[v])/sub for v, sub in (('nnUNet_raw_data_base', 'nnUNet_raw_data'), ('nnUNet_raw', '')) if v in os.environ]
-    found = [f for place in places if place.is_dir() for f in sorted(place.iterdir()) if (f/'dataset.json').exists() and _named(f.name, name)]
+    places = [workspace/'raw', workspace.parent/'raw'] + [Path(os.environ[v])/sub
+                                                          for v, sub in (('nnUNet_raw_data_base', 'nnUNet_raw_data'), ('nnUNet_raw', '')) if v in os.environ]
+    known = {f.resolve(): f for place in reversed(places) if place.is_dir() for f in sorted(place.iterdir(), reverse=True) if (f/'dataset.json').exists()}
+    found = [f for f in reversed(known.values()) if _named(f.name, name)]
     if len(found) == 1: return found[0]
     if found: raise UsageError(f"'{name}' means several data sets: {', '.join(str(f) for f in found)}. Give the folder.")
-    there = sorted({f.name for place in places if place.is_dir() for f in place.iterdir() if (f/'dataset.json').exists()})
-    raise UsageError(f"no data set '{name}': looked for {Path(name)/'dataset.json'} and in {', '.join(map(str, places))} (there: {', '.join(there) or 'nothing'})")
+    there = sorted({f.name for f in known.values()})
+    raise UsageError(f"no data set '{name}': looked for {Path(name)/'dataset.json'} and in {', '.join(map(str, places))} (there: "
+                     f"{', '.join(there) or 'nothing'})")
 
 def _named(folder, name):
     "Whether `folder` is called `name`, or Task/Dataset number `name`"
+    name = str(name)
     if folder == name: return True
     number = folder.split('_')[0].removeprefix('Task').removeprefix('Dataset')
     return name.isdigit() and number.isdigit() and int(number) == int(name)
@@ -63,7 +67,8 @@ def find_model(
         raise UsageError(f"{what} for '{name}' in {base} (there: {', '.join(f.name for f in there) or 'nothing'}); run: segnb train {name} 0 -w {workspace}")
     if configuration is None or (found[0]/configuration/'plans.json').exists(): return found[0]/(configuration or '')
     known = [f.parent.name for f in sorted(found[0].glob('*/plans.json'))]
-    raise UsageError(f"{found[0]} has no model of '{configuration}' (there: {', '.join(known) or 'nothing'}); name one with -c, or run: segnb train {name} 0 -c {configuration} -w {workspace}")
+    raise UsageError(f"{found[0]} has no model of '{configuration}' (there: {', '.join(known) or 'nothing'}); name one with -c, or run: segnb train {name} "
+                     f"0 -c {configuration} -w {workspace}")
 
 # %% ../nbs/90_cli.ipynb #63250ca3
 _VERBS = {} # name: (help text, example, function that adds the arguments)
@@ -89,17 +94,22 @@ def _axis(text):
     "An axis by number or by name, for argparse"
     return int(text) if text.isdecimal() else text
 
+# %% ../nbs/90_cli.ipynb #09f17bce
 _SHARED = dict(
     dataset=(('dataset',), dict(help='data set: folder, name (Task004_Hippocampus) or number (4)')),
     workspace=(('-w', '--workspace'), dict(default='workspace', metavar='FOLDER', help='folder for all that segnb makes (default: workspace)')),
     workers=(('-j', '--workers'), dict(type=_count, default=None, metavar='N', help='processes; 0: none (default: as many as pay)')),
     configuration=(('-c', '--configuration'), dict(default='3d_fullres', help='configuration of the plan (default: 3d_fullres)')),
     device=(('--device',), dict(default='auto', help='auto, cpu, cuda, cuda:1, mps (default: auto)')),
-    precision=(('--precision',), dict(default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'], help='auto: fp16 on CUDA; on a CPU training takes bf16 where the processor has instructions for it; else fp32')),
-    dask=(('--dask',), dict(metavar='WHERE', help='hand the cases to a Dask cluster: tcp://host:8786, a scheduler file (.json), or local:4 for processes here')),
-    quiet=(('-q', '--quiet'), dict(action='store_true', help='no progress bars')),
+    precision=(('--precision',), dict(default='auto', choices=['auto', 'fp32', 'bf16', 'fp16'],
+                                      help='numbers in the network (default: auto). auto: fp16 on CUDA; on a CPU training takes bf16 where the processor '
+                                           'has instructions for it; else fp32')),
+    dask=(('--dask',), dict(metavar='WHERE', help='hand the cases to a Dask cluster: tcp://host:8786, a scheduler file (.json), or local:4 for processes '
+                                                  'here (default: processes of this machine, see -j)')),
+    quiet=(('-q', '--quiet'), dict(action='store_true', help='no progress bars, no forecasts, no next step: only results, warnings and errors')),
     no_mirroring=(('--disable-tta',), dict(action='store_true', help='no mirroring at prediction: 8 times faster, a little worse')),
-    json=(('--json',), dict(metavar='FILE', help='write the answer as JSON, for programs; - for standard output, and messages then go to standard error')))
+    json=(('--json',), dict(metavar='FILE', help='write the answer as JSON, for programs; - for standard output, and messages then go to standard error '
+                                                 '(default: no JSON)')))
 
 def _arguments(p, *names):
     "Add arguments that several verbs share"
@@ -110,31 +120,66 @@ def parser(
 )->argparse.ArgumentParser:
     "Build the parser of the `segnb` command"
     p = argparse.ArgumentParser(prog='segnb', description='Self-configuring medical image segmentation (the nnU-Net v1 method). Begin with: segnb demo.',
-                                epilog='Exit status: 0 done; 1 done in part (a case failed, the doctor found an error) or stopped by an unexpected failure; 2 wrong use or wrong data; 130 interrupted.')
+                                epilog='Exit status: 0 done; 1 done in part (a case failed, the doctor found an error) or stopped by an unexpected failure; '
+                                       '2 wrong use or wrong data; 130 interrupted.')
     p.add_argument('--version', action='version', version=f'segnb {__version__}')
     verbs = p.add_subparsers(metavar='VERB', required=True)
     for name, (text, example, add) in _VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text, epilog=f'Example: {example}')
-        verb.set_defaults(run=add(verb))
+        verb.set_defaults(run=add(verb), verb=name)
+        for leaf in _leaves(verb):
+            if '--quiet' not in leaf._option_string_actions: _arguments(leaf, 'quiet')
     return p
+
+def _leaves(p):
+    "The parser itself, or those of all its kinds"
+    kinds = [kind for a in p._actions if isinstance(a, argparse._SubParsersAction) for kind in a.choices.values()]
+    return [leaf for kind in kinds for leaf in _leaves(kind)] or [p]
 
 # %% ../nbs/90_cli.ipynb #8383eae2
 def _carry_out(args):
     "Run the verb of a parsed line and write its answer where `--json` says; gives the exit status"
     file = getattr(args, 'json', None)
+    if file not in (None, '-'): _check_file(file)
     with contextlib.ExitStack() as around:
         if file == '-': around.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if args.quiet: around.enter_context(contextlib.redirect_stderr(_NoTerminal(sys.stderr)))
         if getattr(args, 'dask', None):
             from segnb.scaling import dask_client
             around.enter_context(dask_client(args.dask))
         answer = args.run(args)
-    status, answer = answer if isinstance(answer, tuple) else (0, answer)
-    if file:
-        import json
-        from segnb.workers import _plain, write_json
-        if file == '-': print(json.dumps(_plain(answer, 'the answer'), indent=1, ensure_ascii=False))
-        else: write_json(answer, file)
+        status, answer = answer if isinstance(answer, tuple) else (0, answer)
+        if not args.quiet and (line := _next_step(args, answer, status)): print(f'next: {line}')
+    if file: _write_answer(answer, file)
     return status
+
+# %% ../nbs/90_cli.ipynb #fdf460e2
+class _NoTerminal:
+    "Standard error for `--quiet`: as in a file, no bars are drawn on it"
+    def __init__(self, stream): self.stream = stream
+    def isatty(self): return False
+    def __getattr__(self, name): return getattr(self.stream, name)
+
+def _write_answer(answer, file):
+    "Write the answer of a verb as JSON; '-': to standard output"
+    import tempfile
+    from segnb.workers import write_json
+    if file != '-': return write_json(answer, file)
+    with tempfile.TemporaryDirectory() as passing:
+        write_json(answer, Path(passing)/'answer.json')
+        print((Path(passing)/'answer.json').read_text(encoding='utf-8'), end='')
+
+def _check_file(file):
+    "Refuse a place where no file can be written, before any work is done"
+    from segnb.workers import check_writable
+    if Path(file).is_dir(): raise UsageError(f'{file} is a folder: name a file in it')
+    check_writable(Path(file).absolute().parent)
+
+def _check_folder(folder, what):
+    "Refuse what is no folder, or an empty one"
+    folder = Path(folder)
+    if not folder.is_dir(): raise UsageError(f"{folder} is {'a file' if folder.exists() else 'not there'}: give the folder of {what}")
+    if not any(folder.iterdir()): raise UsageError(f'{folder} is empty: give the folder of {what}')
 
 @contextlib.contextmanager
 def _news():
@@ -169,6 +214,65 @@ def main(
         except WorkerError as error: return failed(error, 1)
         except KeyboardInterrupt: return failed('interrupted', 130)
 
+# %% ../nbs/90_cli.ipynb #26f41668
+def _next_step(a, answer, status):
+    "What to do after a verb, in a line; None where it has said so itself"
+    if int(os.environ.get('RANK', 0)): return None # of several processes one speaks
+    kind = next((f'{a.verb} {k}' for k in (getattr(a, n, None) for n in ('kind', 'way', 'what')) if isinstance(k, str) and f'{a.verb} {k}' in _NEXT), a.verb)
+    return _NEXT[kind](a, answer) if kind in _NEXT and (status == 0 or kind == 'doctor') else None
+
+def _line(*words, workspace=None):
+    "A segnb line, its words quoted where a shell wants it; the workspace is named unless it is the usual one"
+    return shlex.join(['segnb', *map(str, words), *(() if workspace in (None, 'workspace') else ('-w', str(workspace)))])
+
+def _next_of_data(a, answer):
+    "After a data set was made"
+    if getattr(a, 'dry_run', False): return 'the same line without --dry-run, which then does it'
+    folder = answer.get('dataset') if isinstance(answer, dict) else answer
+    return _line('plan', folder) if isinstance(folder, (str, Path)) else _line('download', 'Task04_Hippocampus') if a.verb == 'download' else None
+
+def _next_of_doctor(a, answer):
+    "After a look at a data set, or its repair"
+    if a.findings == '-': return None # standard output holds JSON
+    if a.repair: return _line('plan', a.repair, workspace=a.workspace)
+    if not answer['errors']: return _line('plan', a.dataset, workspace=a.workspace)
+    return _line('doctor', a.dataset, '--repair', 'FOLDER', workspace=a.workspace) + ', or mend the files by hand'
+
+def _next_of_train(a, answer):
+    "After a fold was trained, or only looked at"
+    if 'model' not in answer: return _line('train', a.dataset, a.fold, '-c', a.configuration, workspace=a.workspace)
+    folder = Path(answer['model'])
+    return _line('predict', '-i', 'IMAGES', '-o', 'OUT', '-m', folder) + '; when all folds are trained: ' + _line('select', folder.parent.name,
+        workspace=a.workspace)
+
+def _next_of_predict(a, answer):
+    "After label maps were written"
+    model = a.model or find_model(a.dataset, Path(a.workspace), a.configuration)
+    scores = _line('evaluate', '-r', 'REFERENCES', '-p', a.output, '-l', Path(model)/'dataset.json') + ', where there are references'
+    return scores + ('; or ' + _line('ensemble', a.output, 'OTHER', '-o', 'OUT') if a.save_probabilities else '')
+
+# %% ../nbs/90_cli.ipynb #2fbecfc9
+def _evaluated(a, answer): return _line('evaluate', '-r', 'REFERENCES', '-p', a.output) + ', where there are references'
+
+def _same(a, *words): return _line(*words, workspace=a.workspace)
+
+_NEXT = {
+    'download': _next_of_data, 'convert': _next_of_data, 'doctor': _next_of_doctor, 'train': _next_of_train, 'predict': _next_of_predict,
+    'convert to-brats': lambda a, r: f'hand in the files of {a.out}',
+    'plan': lambda a, r: _same(a, 'preprocess', r['folder'].name),
+    'preprocess': lambda a, r: _same(a, 'train', r['folder'].name, 0, '-c', r['configurations'][-1]),
+    'split': lambda a, r: _same(a, 'train', r['splits'].parent.name, 0),
+    'evaluate': lambda a, r: None if a.compare else _line('overlay', 'DATASET', '-o', 'PICTURES', '--prediction', a.prediction) + ', to see where they differ',
+    'postprocess determine': lambda a, r: _line('predict', '-i', 'IMAGES', '-o', 'OUT', '-m', r['model']),
+    'postprocess apply': _evaluated, 'ensemble': _evaluated,
+    'select': lambda a, r: 'one of the lines above, or a page about all of it: ' + _same(a, 'report', a.dataset),
+    'report': lambda a, r: f"open {r['report']} in a browser", 'overlay': lambda a, r: f'look into {a.output}',
+    'cascade': lambda a, r: 'the same line without --dry-run, which then does it' if a.dry_run else
+        _line('predict', '-i', 'IMAGES', '-o', 'OUT', '-m', Path(a.workspace)/'models'/find_preprocessed(a.dataset, Path(a.workspace)).name/a.configuration),
+    'export-model': lambda a, r: _line('import-model', r['file']) + ', where it is to be used',
+    'import-model': lambda a, r: _line('import-model', a.source) if a.describe else None,
+    'jobs show': lambda a, r: None if set(r['jobs'].values()) <= {'done'} else _line('jobs', 'run', a.folder)}
+
 # %% ../nbs/90_cli.ipynb #d1f5029e
 def download(
     task:str=None,    # Name, such as 'Task04_Hippocampus', or number; None: say what there is
@@ -186,12 +290,13 @@ def download(
     say(f'{dataset.folder}: {len(dataset.cases)} cases')
     return dataset.folder
 
-@_verb('download', 'Fetch a public data set (Medical Segmentation Decathlon), check it and convert it to the raw layout.', 'segnb download Task04_Hippocampus raw')
+@_verb('download', 'Fetch a public data set (Medical Segmentation Decathlon), check it and convert it to the raw layout.',
+       'segnb download Task04_Hippocampus raw')
 def _download_arguments(p):
     p.add_argument('task', nargs='?', help='name or number of the task (default: list them)')
     p.add_argument('raw', nargs='?', default='raw', help='folder of raw data sets (default: raw)')
-    p.add_argument('--url', help='another address of the archive, such as a mirror')
-    p.add_argument('--md5', help='checksum of the archive there, hexadecimal')
+    p.add_argument('--url', help='another address of the archive, such as a mirror (default: that of the list)')
+    p.add_argument('--md5', help='MD5 checksum of the archive there, hexadecimal (default: that of the list)')
     _arguments(p, 'quiet', 'json')
     return lambda a: download(a.task, a.raw, progress=not a.quiet, **{k: v for k, v in dict(url=a.url, md5=a.md5).items() if v})
 
@@ -207,6 +312,7 @@ def convert(
     "Make a raw data set of another layout, by links; raises `SegnbError`"
     from segnb import dataset
     if kind not in KINDS: raise UsageError(f"there is no converter '{kind}': choose from {', '.join(KINDS)}")
+    for folder in folders[:-1]: _check_folder(folder, 'what is to be converted')
     made = getattr(dataset, f'convert_{kind}')(*folders, **options)
     say(str(made))
     return None if options.get('dry_run') else made.folder
@@ -231,7 +337,8 @@ def _convert_arguments(p):
         k = kinds.add_parser(kind, help=text, description=f'Make a raw data set of {text}.')
         for name in [*sources, 'out']: k.add_argument(name, help='folder to make' if name == 'out' else f'folder with the {name}')
         k.add_argument('-n', '--dry-run', action='store_true', help='only say what would be done')
-        k.add_argument('--link', default='auto', choices=['auto', 'symlink', 'hardlink', 'reference'], help='how files are linked (default: the first that works)')
+        k.add_argument('--link', default='auto', choices=['auto', 'symlink', 'hardlink', 'reference'],
+                       help='how files are linked (default: auto, the first that works)')
         if kind == 'brats': k.add_argument('--regions', action='store_true', help='train on whole tumour, tumour core and enhancing tumour, which overlap')
         if kind in ('decathlon', 'nnunet'): _convert_numbers(k, kind)
         if kind in ('pairs', 'pictures'): _convert_names(k, sources[1][:-1])
@@ -239,7 +346,8 @@ def _convert_arguments(p):
     return _run_convert
 
 # %% ../nbs/90_cli.ipynb #f6163996
-_MADE = {'regions': 'a data set with regions over the label maps of another one', 'sparse': 'a copy of a data set in which most of the annotation is hidden, for study',
+_MADE = {'regions': 'a data set with regions over the label maps of another one',
+         'sparse': 'a copy of a data set in which most of the annotation is hidden, for study',
          'to-brats': 'predictions with the values of BraTS, 1, 2 and 4'}
 
 def _made_kinds(kinds):
@@ -248,20 +356,26 @@ def _made_kinds(kinds):
         k = kinds.add_parser(kind, help=text, description=f'Make {text}.')
         k.add_argument('source', help='folder of predictions' if kind == 'to-brats' else 'data set: folder')
         k.add_argument('out', help='folder to make')
-        if kind != 'to-brats': k.add_argument('--link', default='auto', choices=['auto', 'symlink', 'hardlink', 'reference'], help='how files are linked (default: the first that works)')
+        if kind != 'to-brats': k.add_argument('--link', default='auto', choices=['auto', 'symlink', 'hardlink', 'reference'],
+                                              help='how files are linked (default: auto, the first that works)')
         if kind == 'to-brats': k.add_argument('-l', '--labels', metavar='FILE', help='dataset.json (default: the one near the predictions)')
         if kind == 'regions':
-            k.add_argument('--classes', nargs='+', type=_pairs, required=True, metavar='NAME=VALUES', help="regions, such as 'whole tumour=1,2,3' core=2,3 enhancing=3")
-            k.add_argument('--order', nargs='+', type=int, metavar='VALUE', help='the value that each region writes, the outermost first (default: found from the nesting)')
+            k.add_argument('--classes', nargs='+', type=_pairs, required=True, metavar='NAME=VALUES',
+                           help="regions, such as 'whole tumour=1,2,3' core=2,3 enhancing=3")
+            k.add_argument('--order', nargs='+', type=int, metavar='VALUE',
+                           help='the value that each region writes, the outermost first (default: found from the nesting)')
         if kind == 'sparse':
             k.add_argument('--how', default='slices', choices=['slices', 'scribbles'], help='what stays (default: slices)')
-            for name, text in (('every', 'slices: distance of those that stay, voxels (default: 8)'), ('axis', 'slices: across which axis, 0 (z) to 2 (default: 0)'), ('strokes', 'scribbles: strokes for each label (default: 6)'),
+            for name, text in (('every', 'slices: distance of those that stay, voxels (default: 8)'),
+                               ('axis', 'slices: across which axis, 0 (z) to 2 (default: 0)'), ('strokes', 'scribbles: strokes for each label (default: 6)'),
                                ('seed', 'of what is kept (default: 0)')): k.add_argument(f'--{name}', type=_count, help=text)
             k.add_argument('--cases', nargs='+', metavar='CASE', help='cases to make sparse, the others stay whole (default: all)')
             _arguments(k, 'workers')
 
+# %% ../nbs/90_cli.ipynb #69569f9d
 def _run_made(a):
     from segnb import regions
+    _check_folder(a.source, 'predictions' if a.kind == 'to-brats' else 'a data set')
     if a.kind == 'to-brats':
         from segnb.labels import Labels
         from segnb.workers import read_json
@@ -270,7 +384,8 @@ def _run_made(a):
         return {'label_maps': made}
     if a.kind == 'regions': made = regions.make_region_dataset(a.source, a.out, dict(a.classes), a.order, link=a.link)
     else:
-        wanted = {'slices': {'every': a.every, 'axis': a.axis}, 'scribbles': {'n': a.strokes}}[a.how] | {'seed': a.seed, 'cases': a.cases, 'n_workers': a.workers}
+        wanted = {'slices': {'every': a.every, 'axis': a.axis}, 'scribbles': {'n': a.strokes}}[a.how] | {'seed': a.seed, 'cases': a.cases,
+            'n_workers': a.workers}
         made = regions.make_sparse_dataset(a.source, a.out, a.how, link=a.link, **{k: v for k, v in wanted.items() if v is not None})
     print(f'{made.folder}: {len(made.cases)} cases')
     return {'dataset': made.folder}
@@ -278,17 +393,21 @@ def _run_made(a):
 # %% ../nbs/90_cli.ipynb #87c1f626
 def _convert_numbers(k, kind):
     "Arguments of the kinds that are known by a number"
-    if kind == 'nnunet': k.add_argument('--task', default=None, help='number or name, where the source holds several')
+    if kind == 'nnunet': k.add_argument('--task', default=None, help='number or name, where the source holds several (default: the only one)')
     else: _arguments(k, 'workers')
 
 def _convert_names(k, other):
     "Arguments of the kinds that know a case by its file name"
-    k.add_argument('--pattern', help="how images are called, such as '{case}_{channel}.nii.gz'")
-    k.add_argument(f'--{other}-pattern', help="how the others are called, such as '{case}_seg.nii.gz'")
-    k.add_argument('--channels', nargs='+', help='names of the channels, in order')
-    k.add_argument('--classes', nargs='+', type=_pairs, help='background=0 liver=1 tumour=2 (regions: whole=1,2)')
-    k.add_argument('--order', nargs='+', type=int, dest='regions_class_order', metavar='VALUE', help='with regions: the value that each of them writes')
-    k.add_argument('--unlabelled', choices=['refuse', 'test'], help='images without truth: refuse, or make them cases to predict')
+    usual = ('{case}_{channel}.nii.gz', '{case}.nii.gz') if other == 'label' else ('{case}{ending}', '{case}{ending}')
+    k.add_argument('--pattern', help=f"how images are called (default: '{usual[0]}')")
+    k.add_argument(f'--{other}-pattern', help=f"how the {other}s are called, such as '{{case}}_seg.nii.gz' (default: '{usual[1]}')")
+    k.add_argument('--channels', nargs='+', help='names of the channels, in order, such as CT or T1 T2 (default: of pictures grey, or red green blue; of '
+                                                 'pairs they must be said)')
+    k.add_argument('--classes', nargs='+', type=_pairs,
+                   help='names and values: background=0 liver=1 tumour=2, or regions: whole=1,2 (default: found by reading, if they are 0, 1, 2, ...)')
+    k.add_argument('--order', nargs='+', type=int, dest='regions_class_order', metavar='VALUE',
+                   help='with regions: the value that each of them writes (default: none, regions need it)')
+    k.add_argument('--unlabelled', choices=['refuse', 'test'], help='images without truth: refuse, or make them cases to predict (default: refuse)')
 
 def _run_convert(a):
     if a.kind in _MADE: return _run_made(a)
@@ -296,7 +415,7 @@ def _run_convert(a):
     options = {n: getattr(a, n) for n in names if getattr(a, n, None) is not None}
     if getattr(a, 'workers', None) is not None: options['n_workers'] = a.workers
     if getattr(a, 'classes', None): options['classes'] = dict(a.classes)
-    convert(a.kind, *(getattr(a, s) for s in _SOURCES[a.kind][1]), a.out, **options)
+    return {'dataset': convert(a.kind, *(getattr(a, s) for s in _SOURCES[a.kind][1]), a.out, **options)}
 
 # %% ../nbs/90_cli.ipynb #88a44f9e
 def doctor(
@@ -315,13 +434,15 @@ def doctor(
     return 0
 
 # %% ../nbs/90_cli.ipynb #ea853414
-@_verb('doctor', 'Name everything that is wrong with a raw data set, and mend what can be mended in a copy.', 'segnb doctor raw/Task004_Hippocampus --html report.html --repair raw/Task104_Hippocampus')
+@_verb('doctor', 'Name everything that is wrong with a raw data set, and mend what can be mended in a copy.',
+       'segnb doctor raw/Task004_Hippocampus --html report.html --repair raw/Task104_Hippocampus')
 def _doctor_arguments(p):
     _arguments(p, 'dataset', 'workspace', 'workers', 'quiet')
-    p.add_argument('--repair', metavar='FOLDER', help='write a repaired copy here; files that need nothing are linked')
-    p.add_argument('--html', metavar='FILE', help='write one page with a picture of each kind of finding')
-    p.add_argument('--json', dest='findings', metavar='FILE', help='write the findings as JSON; - for standard output, and the table then goes to standard error')
-    p.add_argument('--map', nargs='+', type=_pairs, metavar='OLD=NEW', help='with --repair: label values to replace, such as 205=1 420=2')
+    p.add_argument('--repair', metavar='FOLDER', help='write a repaired copy here; files that need nothing are linked (default: nothing is written)')
+    p.add_argument('--html', metavar='FILE', help='write one page with a picture of each kind of finding (default: none)')
+    p.add_argument('--json', dest='findings', metavar='FILE',
+                   help='write the findings as JSON; - for standard output, and the table then goes to standard error (default: no JSON)')
+    p.add_argument('--map', nargs='+', type=_pairs, metavar='OLD=NEW', help='with --repair: label values to replace, such as 205=1 420=2 (default: none)')
     p.add_argument('--unsure', action='store_true', help='with --repair: also repairs that the voxels cannot prove')
     p.add_argument('--undo', action='store_true', help='the folder is a repaired copy: take every repair back')
     return _run_doctor
@@ -329,12 +450,15 @@ def _doctor_arguments(p):
 def _run_doctor(a):
     import tempfile
     mapping = {int(old): new for old, new in a.map} if a.map else None
+    for written in filter(None, (a.html, a.findings)):
+        if written != '-': _check_file(written)
     with tempfile.TemporaryDirectory() as passing:
         file = Path(passing)/'findings.json' if a.findings == '-' else a.findings
         with contextlib.redirect_stdout(sys.stderr) if a.findings == '-' else contextlib.nullcontext():
-            status = doctor(a.dataset, a.workspace, a.undo, repair_to=a.repair, json_file=file, html_file=a.html, label_map=mapping, unsure=a.unsure, n_workers=a.workers, progress=not a.quiet)
+            status = doctor(a.dataset, a.workspace, a.undo, repair_to=a.repair, json_file=file, html_file=a.html, label_map=mapping, unsure=a.unsure,
+                            n_workers=a.workers, progress=not a.quiet)
         if a.findings == '-': print(file.read_text(encoding='utf-8'), end='')
-    return status, None
+    return status, {'errors': bool(status)}
 
 # %% ../nbs/90_cli.ipynb #f63fd3b0
 def plan(
@@ -345,6 +469,7 @@ def plan(
     workers:int=None,          # Processes; None: as many as pay
     impose=None,               # plans.json of another data set whose spacing, patches and networks to take over
     say=print,                 # Where messages go
+    progress:bool=True,        # Also say what is being done
 )->Path:                       # The preprocessed folder, with fingerprint.json, plans.json, dataset.json
     "Check a data set, take its fingerprint and write the plans; raises `SegnbError`"
     from segnb.dataset import Dataset, DatasetError, check_dataset
@@ -358,10 +483,11 @@ def plan(
     out = Path(workspace)/'preprocessed'/raw.resolve().name
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    say(f'{raw.resolve().name}: checking {len(data.cases)} training cases')
+    if progress: say(f'{raw.resolve().name}: checking {len(data.cases)} training cases')
     try: check_dataset(data, workers)
     except DatasetError as error:
-        raise UsageError(f'{error}\nTo see each finding with what it means, and to mend what can be mended: segnb doctor {dataset} --html report.html --repair FOLDER') from None
+        raise UsageError(f'{error}\nTo see each finding with what it means, and to mend what can be mended: segnb doctor {dataset} --html report.html '
+                         f'--repair FOLDER') from None
     fingerprint = extract_fingerprint(data, workers, resume=out/'fingerprint_parts')
     if impose: plans = _imposed(impose, fingerprint, raw.resolve().name)
     else: plans = plan_experiment(fingerprint, memory_gb=memory_gb, planner=planner, dataset_name=raw.resolve().name)
@@ -427,10 +553,15 @@ def draw_plan(
 @_verb('plan', 'Check a data set and decide spacing, patch, network.', 'segnb plan raw/Task004_Hippocampus -w workspace')
 def _plan_arguments(p):
     _arguments(p, 'dataset', 'workspace', 'workers', 'dask', 'json')
-    p.add_argument('--planner', default=None, help="'nnunet_v1' (default), 'nnunet_v1_residual', 'resenc_m', 'resenc_l', 'resenc_xl' (nnU-Net v2's presets), or 'cpu': 16 features, batch 2, patch of at most 89,600 voxels, for training in minutes on a CPU")
-    p.add_argument('--memory-gb', type=float, default=None, help="GPU memory to plan for, such as 4 to 80 (default: what the planner stands for, 8 for nnU-Net v1)")
-    p.add_argument('--overwrite-plans', metavar='FILE', help='take over spacing, patches and networks from the plans.json of another data set')
-    p.add_argument('--edit', nargs='+', metavar=('CONFIGURATION', 'KEY=VALUE'), help='change the plan that is there, such as --edit 3d_fullres patch_size=64,96,96 batch_size=2; what follows is planned again')
+    p.add_argument('--planner', default=None, help="'nnunet_v1' (default), 'nnunet_v1_residual', 'resenc_m', 'resenc_l', 'resenc_xl' (nnU-Net v2's "
+                                                   "presets), or 'cpu': 16 features, batch 2, patch of at most 89,600 voxels, for training in minutes on a CPU")
+    p.add_argument('--memory-gb', type=float, default=None,
+                   help="GPU memory to plan for, such as 4 to 80 (default: what the planner stands for, 8 for nnU-Net v1)")
+    p.add_argument('--overwrite-plans', metavar='FILE',
+                   help='take over spacing, patches and networks from the plans.json of another data set (default: plan anew)')
+    p.add_argument('--edit', nargs='+', metavar=('CONFIGURATION', 'KEY=VALUE'),
+                   help='change the plan that is there, such as --edit 3d_fullres patch_size=64,96,96 batch_size=2; what follows is planned again (default: '
+                        'plan anew)')
     p.add_argument('--allow', action='store_true', help='with --edit: also beyond the memory of the plan')
     p.add_argument('--draw', action='store_true', help='write pictures of the fingerprint and of each network beside plans.json')
     return _run_plan
@@ -438,7 +569,7 @@ def _plan_arguments(p):
 def _run_plan(a):
     from segnb.workers import read_json
     if a.edit: out = edit_plan(a.dataset, a.workspace, a.edit[0], dict(_change(text) for text in a.edit[1:]), a.allow)
-    else: out = plan(a.dataset, a.workspace, a.planner or 'nnunet_v1', a.memory_gb, a.workers, a.overwrite_plans)
+    else: out = plan(a.dataset, a.workspace, a.planner or 'nnunet_v1', a.memory_gb, a.workers, a.overwrite_plans, progress=not a.quiet)
     if a.draw: draw_plan(a.dataset, a.workspace)
     return {'folder': out, 'plans': read_json(out/'plans.json')}
 
@@ -450,6 +581,7 @@ def preprocess(
     workers:int=None,     # Processes; None: as many as pay
     verify:bool=True,     # Read finished cases and compare their checksums; False: compare sizes only
     say=print,            # Where messages go
+    progress:bool=True,   # Also say what memory, disk and time it will take
 )->Path:                  # The preprocessed folder
     "Crop, resample and normalise every training case; raises `SegnbError`"
     from segnb.dataset import Dataset
@@ -458,10 +590,10 @@ def preprocess(
     from segnb.workers import read_json
     out = find_preprocessed(dataset, Path(workspace))
     source = Path(read_json(out/'dataset.json').get('source', ''))
-    if not (source/'dataset.json').exists(): raise UsageError(f'{out} was planned from {source}, which is not there any more; run segnb plan with its new place')
+    if not (source/'dataset.json').exists(): raise UsageError(f'{out} was planned from {source}, which is gone; run segnb plan with its new place')
     plans, data = Plans.load(out/'plans.json'), Dataset(source)
     configurations = configurations or list(plans.configurations)
-    preprocess_dataset(data, plans, out, configurations, workers, verify, say)
+    preprocess_dataset(data, plans, out, configurations, workers, verify, say if progress else lambda forecast: None)
     say(f"{len(data.cases)} cases preprocessed for {', '.join(configurations)} in {out}")
     return out
 
@@ -470,7 +602,13 @@ def _preprocess_arguments(p):
     _arguments(p, 'dataset', 'workspace', 'workers', 'dask')
     p.add_argument('-c', '--configuration', nargs='+', default=None, help='configurations of the plan (default: all)')
     p.add_argument('--no-verify', action='store_true', help='trust finished cases by their size; by default their checksums are compared')
-    return lambda a: preprocess(a.dataset, a.workspace, a.configuration, a.workers, not a.no_verify)
+    return _run_preprocess
+
+def _run_preprocess(a):
+    from segnb.planning import Plans
+    folder = preprocess(a.dataset, a.workspace, a.configuration, a.workers, not a.no_verify, progress=not a.quiet)
+    return {'folder': folder, 'configurations': a.configuration
+            or [name for name, c in Plans.load(folder/'plans.json').configurations.items() if not c.previous_stage]}
 
 # %% ../nbs/90_cli.ipynb #37739586
 def split(
@@ -506,12 +644,13 @@ def split(
 @_verb('split', 'Divide the training cases into folds.', r"segnb split 4 -w workspace --patients '(.+)_t\d' --stratify")
 def _split_arguments(p):
     _arguments(p, 'dataset', 'workspace')
-    p.add_argument('--file', metavar='FILE', help="folds of one's own: splits_final.json, or a .csv with the columns case and fold")
-    p.add_argument('--patients', help='cases of one patient stay together: regular expression on case names whose first group is the patient, or a JSON file {patient: [cases]}, or what segnb doctor --json wrote')
+    p.add_argument('--file', metavar='FILE', help="folds of one's own: splits_final.json, or a .csv with the columns case and fold (default: draw them)")
+    p.add_argument('--patients', help='cases of one patient stay together: regular expression on case names whose first group is the patient, or a JSON '
+                                      'file {patient: [cases]}, or what segnb doctor --json wrote (default: every case is a patient)')
     p.add_argument('--stratify', action='store_true', help='spread every class evenly over the folds')
     p.add_argument('--n-folds', type=int, default=None, help='default: 5, or as many as there are patients')
     p.add_argument('--overwrite', action='store_true', help='replace folds that are there')
-    return lambda a: split(a.dataset, a.workspace, a.file, a.patients, a.stratify, a.n_folds, a.overwrite)
+    return lambda a: {'splits': split(a.dataset, a.workspace, a.file, a.patients, a.stratify, a.n_folds, a.overwrite)}
 
 # %% ../nbs/90_cli.ipynb #21645b8a
 def train(
@@ -545,7 +684,8 @@ def train(
         if validation or only_validation:
             from segnb.metrics import format_table
             from segnb.validation import validate_fold
-            result = validate_fold(model, fold, data, checkpoint=checkpoint, save_probabilities=save_probabilities, overwrite=not resume, network=options.get('network') if only_validation else None,
+            result = validate_fold(model, fold, data, checkpoint=checkpoint, save_probabilities=save_probabilities, overwrite=not resume,
+                                   network=options.get('network') if only_validation else None,
                                    device=world.device, mirror=mirror, progress=options.get('progress', True))
             if world.main: say(format_table(result))
         if hand_on and world.main: _hand_on(data, model, fold, checkpoint, say, device=world.device, mirror=mirror, progress=options.get('progress', True))
@@ -579,7 +719,8 @@ def _as_before(folder, options):
     if {'epochs', 'minutes'} & set(options): kept = {k: v for k, v in kept.items() if k not in ('epochs', 'minutes')}
     if frozen := read_json(file).get('transfer', {}).get('asked', {}).get('freeze_encoder'):
         from segnb.callbacks import FreezeEncoder
-        if not any(isinstance(c, FreezeEncoder) for c in options.get('callbacks', ())): options = options | {'callbacks': (FreezeEncoder(frozen), *options.get('callbacks', ()))}
+        if not any(isinstance(c, FreezeEncoder) for c in options.get('callbacks', ())): options = options | {'callbacks': (FreezeEncoder(frozen),
+            *options.get('callbacks', ()))}
     return kept | options
 
 def _fold(text, data, random_fold, n_folds):
@@ -588,7 +729,8 @@ def _fold(text, data, random_fold, n_folds):
     if text == 'all': return text
     n = len(load_splits(data/'splits.json')) if (data/'splits.json').exists() else n_folds
     if not str(text).isdigit() or int(text) >= n and not random_fold:
-        raise UsageError(f"fold '{text}' does not exist: there are folds 0 to {n - 1}, and 'all' (with --random-fold any further number draws a random 80:20 split)")
+        raise UsageError(f"fold '{text}' does not exist: there are folds 0 to {n - 1}, and 'all' (with --random-fold any further number draws a random "
+                         f"80:20 split)")
     return int(text)
 
 # %% ../nbs/90_cli.ipynb #8ace51a3
@@ -624,14 +766,16 @@ def look(
     return found
 
 # %% ../nbs/90_cli.ipynb #082ca1ea
-TRAINER_OPTIONS = ('epochs', 'minutes', 'initial_lr', 'iterations', 'val_iterations', 'patience', 'optimizer', 'schedule', 'warmup', 'weight_decay', 'momentum', 'loss', 'augmentation', 'mirror_axes',
+TRAINER_OPTIONS = ('epochs', 'minutes', 'initial_lr', 'iterations', 'val_iterations', 'patience', 'optimizer', 'schedule', 'warmup', 'weight_decay',
+                   'momentum', 'loss', 'augmentation', 'mirror_axes',
                    'oversample', 'sampling', 'seed', 'deterministic', 'device', 'precision', 'engine', 'compile', 'channels_last', 'checkpointing', 'n_folds')
 
 def _length_arguments(p):
     "Add how long a training is"
     add = p.add_argument_group('length').add_argument
     add('--epochs', type=int, default=None, help='epochs (default: 1000)')
-    add('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time')
+    add('--minutes', type=float, default=None, help='time budget instead of a number of epochs: the learning rate falls to zero over this time (default: '
+                                                    '--epochs counts)')
     add('--iterations', type=int, default=None, help='training iterations an epoch (default: 250)')
     add('--val-iterations', type=int, default=None, help='validation iterations an epoch (default: 50)')
     add('--patience', type=int, default=None, help='stop after so many epochs without a better moving average (default: never)')
@@ -648,35 +792,42 @@ def _recipe_arguments(add, alone=True):
     add('--momentum', type=float, default=None, help='default: 0.99')
     add('--loss', default=None, help='a name of segnb.loss.LOSSES, such as dice_topk (default: Dice + cross-entropy; for regions Dice + binary cross-entropy)')
     add('--augmentation', default=None, help='preset: default, none, DA2, DA3, insane, DA5 (default: default)')
-    add('--mirror-axes', nargs='*', type=lambda text: int(text) if text.isdecimal() else text, default=None, metavar='AXIS', help="axes that may be mirrored: 0 1 2, or names such as superior-inferior; nothing after the option: none (default: all)")
+    add('--mirror-axes', nargs='*', type=lambda text: int(text) if text.isdecimal() else text, default=None, metavar='AXIS',
+        help="axes that may be mirrored: 0 1 2, or names such as superior-inferior; nothing after the option: none (default: all)")
     add('--oversample', type=float, default=None, help='share of patches forced to show foreground (default: 0.33)')
     add('--sampling', default=None, choices=['position', 'probability'], help='forced by the place in the batch, or by chance (default: position)')
-    if alone: add('--around-annotated', action='store_true', help='with an ignore label: every patch shows something that was judged; given again with --continue')
-    if alone: add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs')
+    if alone: add('--around-annotated', action='store_true',
+                  help='with an ignore label: every patch shows something that was judged; given again with --continue')
+    if alone: add('--freeze-encoder', type=int, metavar='N', default=None, help='leave the encoder as it is for the first N epochs (default: 0)')
     add('--seed', type=int, default=None, help='seed of weights and batches (default: 0)')
     add('--deterministic', action='store_true', default=None, help='only algorithms that repeat bit for bit, also on a GPU')
 
+# %% ../nbs/90_cli.ipynb #27a79458
 def _callbacks(a):
     "The callbacks that the options ask for"
     from segnb import callbacks as c
     from segnb.cascade import NoteInputs
-    wanted = ((a.examples is not None, lambda: c.ExamplePages(every=a.examples)), (a.tensorboard, c.TensorBoard), (a.freeze_encoder is not None and not a.source, lambda: c.FreezeEncoder(a.freeze_encoder)))
+    wanted = ((a.examples is not None, lambda: c.ExamplePages(every=a.examples)), (a.tensorboard, c.TensorBoard),
+              (a.freeze_encoder is not None and not a.source, lambda: c.FreezeEncoder(a.freeze_encoder)))
     return tuple(make() for asked, make in (*wanted, (True, NoteInputs), (True, c.TrainingWarnings)) if asked)
 
 # %% ../nbs/90_cli.ipynb #f51f7d3c
-@_verb('train', 'Train one fold, then predict and score its validation cases.', 'segnb train 4 0 -w workspace --minutes 15; on several GPUs: torchrun --nproc_per_node 2 -m segnb.cli train 4 0 -w workspace')
+@_verb('train', 'Train one fold, then predict and score its validation cases.',
+       'segnb train 4 0 -w workspace --minutes 15; on several GPUs: torchrun --nproc_per_node 2 -m segnb.cli train 4 0 -w workspace')
 def _train_arguments(p):
     _arguments(p, 'dataset')
     p.add_argument('fold', help="number of the fold, or 'all'")
     _arguments(p, 'workspace', 'configuration', 'quiet', 'json')
     add = _length_arguments(p)
-    add('--continue', dest='resume', action='store_true', help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end; --examples, --tensorboard and --freeze-encoder are given again; with --validation-only: leave the cases that are predicted')
+    add('--continue', dest='resume', action='store_true',
+        help='go on from the latest checkpoint, with the options that the run began with and those given now, such as --epochs for another end; --examples, '
+             '--tensorboard and --freeze-encoder are given again; with --validation-only: leave the cases that are predicted')
     add('--overwrite', action='store_true', help='train again where a training is already; what is there is lost')
     _recipe_arguments(p.add_argument_group('recipe (the defaults are nnU-Net v1)').add_argument)
     _start_arguments(p.add_argument_group('network and start').add_argument)
     _speed_arguments(p.add_argument_group('speed'))
     add = p.add_argument_group('seeing').add_argument
-    add('--examples', type=int, metavar='N', default=None, help='every N epochs write a page of patches with prediction and reference')
+    add('--examples', type=int, metavar='N', default=None, help='every N epochs write a page of patches with prediction and reference (default: never)')
     add('--tensorboard', action='store_true', help='write events for TensorBoard into the fold\'s folder (needs the package tensorboard)')
     _validation_arguments(p.add_argument_group('validation'))
     add = p.add_argument_group('folds').add_argument
@@ -702,14 +853,17 @@ def _json_object(text):
 def _start_arguments(add):
     "Add which network is trained, and with which weights it begins"
     add('--network', metavar='PLACE', help="a function that builds the network: package.module:function, or file.py:function (default: the plan's U-Net)")
-    add('--network-options', type=_json_object, metavar='JSON', help='keywords for that function, such as \'{"features": 24}\'')
-    add('--from', dest='source', metavar='MODEL', help='begin with the weights of another model: its folder, a checkpoint, or a .pt or .safetensors file')
+    add('--network-options', type=_json_object, metavar='JSON', help='keywords for that function, such as \'{"features": 24}\' (default: none)')
+    add('--from', dest='source', metavar='MODEL', help='begin with the weights of another model: its folder, a checkpoint, or a .pt or .safetensors file '
+                                                       '(default: chance)')
     add('--from-fold', default=None, metavar='FOLD', help='fold of that folder (default: the first that is trained)')
     add('--from-checkpoint', default='final', choices=['final', 'best', 'latest'], help='network of that fold (default: final)')
-    add('--rename', nargs='+', type=_renaming, metavar='OURS=THEIRS', help='channels and classes that are called otherwise there')
+    add('--rename', nargs='+', type=_renaming, metavar='OURS=THEIRS',
+        help='channels and classes that are called otherwise there (default: equal names belong together)')
     add('--fresh-channels', action='store_true', help='channels that the source lacks begin with chance (default: with the average of its own)')
     for part in ('encoder', 'decoder', 'head'): add(f'--lr-{part}', type=float, default=None, help=f'initial learning rate of the {part} (default: as --lr)')
 
+# %% ../nbs/90_cli.ipynb #3329d81d
 def _started(a, options):
     "Options of `Trainer` with those of a training that begins with another model's weights"
     if a.source is None:
@@ -720,33 +874,39 @@ def _started(a, options):
     if a.resume: raise UsageError('--continue goes on with what the run began with: leave --from out')
     read_source(a.source, a.from_fold, a.from_checkpoint) # a slip in the line shows before --overwrite removes anything
     rest = dict(rename=dict(a.rename)) if a.rename else {}
-    begun = fine_tuning(a.source, freeze_encoder=a.freeze_encoder or 0, fold=a.from_fold, checkpoint=a.from_checkpoint, lr_encoder=a.lr_encoder, lr_decoder=a.lr_decoder, lr_head=a.lr_head, initial_lr=options.get('initial_lr', .01),
+    begun = fine_tuning(a.source, freeze_encoder=a.freeze_encoder or 0, fold=a.from_fold, checkpoint=a.from_checkpoint, lr_encoder=a.lr_encoder,
+                        lr_decoder=a.lr_decoder, lr_head=a.lr_head, initial_lr=options.get('initial_lr', .01),
                         optimizer=options.get('optimizer', 'sgd'), **({'new_channels': 'new'} if a.fresh_channels else {}), **rest)
     return options | begun | {'callbacks': (*begun['callbacks'], *options['callbacks'])}
 
-# %% ../nbs/90_cli.ipynb #3329d81d
+# %% ../nbs/90_cli.ipynb #07d79e1d
 def _validation_arguments(group):
     "Add what happens when a training has ended"
     _arguments(group, 'no_mirroring')
     group.add_argument('--no-validation', action='store_true', help='do not predict the validation cases afterwards')
     group.add_argument('--validation-only', action='store_true', help='only predict the validation cases')
     group.add_argument('--validate', default='final', choices=['final', 'best'], help='which checkpoint is validated (default: final)')
-    group.add_argument('--save-probabilities', action='store_true', help='keep the probabilities of the validation cases; segnb select makes those that it needs and does not find')
+    group.add_argument('--save-probabilities', action='store_true',
+                       help='keep the probabilities of the validation cases; segnb select makes those that it needs and does not find')
     group.add_argument('--no-next-stage', action='store_true', help='first stage of a cascade: do not hand label maps to the second stage')
 
 def _speed_arguments(group, alone=True):
     "Add who computes, where and how; `alone`: also what concerns a single training"
     _arguments(group, 'workers', 'device', 'precision')
-    group.add_argument('--engine', default=None, choices=['fast', 'batchgenerators', 'device'], help='who augments: fast (CPU workers, compiled), batchgenerators (the original\'s library), device (the GPU) (default: fast, on CUDA device)')
+    group.add_argument('--engine', default=None, choices=['fast', 'batchgenerators', 'device'],
+                       help='who augments: fast (CPU workers, compiled), batchgenerators (the original\'s library), device (the GPU) (default: fast, on '
+                            'CUDA device)')
     group.add_argument('--compile', action='store_true', default=None, help='let torch.compile fuse the network')
     group.add_argument('--channels-last', action='store_true', default=None, help='another memory layout of the feature maps')
     group.add_argument('--gradient-checkpointing', dest='checkpointing', action='store_true', default=None, help='less memory for more time')
     if alone: group.add_argument('--probe', action='store_true', help='train nothing: time 20 iterations in parts and name the bottleneck')
 
+# %% ../nbs/90_cli.ipynb #bdc8ccf5
 def _run_train(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')  # torch is not loaded yet: its threads shall not spin while workers need the cores
     given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name)) not in (None, 'auto')}
-    options = given | dict(n_workers=a.workers, progress=not a.quiet, callbacks=_callbacks(a)) | {k: v for k, v in (('network', a.network), ('network_options', a.network_options)) if v}
+    options = given | dict(n_workers=a.workers, progress=not a.quiet,
+                           callbacks=_callbacks(a)) | {k: v for k, v in (('network', a.network), ('network_options', a.network_options)) if v}
     if a.around_annotated:
         from segnb.regions import annotated_batches
         options['batches'] = annotated_batches
@@ -754,7 +914,8 @@ def _run_train(a):
     if a.probe or a.find_lr:
         found = look(a.dataset, a.workspace, a.configuration, a.fold, 'probe' if a.probe else 'learning rate', **options)
         return {'suggested_lr': found.suggestion} if a.find_lr else {'probe': str(found)}
-    model = train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold, not a.disable_tta, a.validate, a.save_probabilities, not a.no_next_stage, **options)
+    model = train(a.dataset, a.workspace, a.configuration, a.fold, a.resume, not a.no_validation, a.validation_only, a.overwrite, a.random_fold,
+                  not a.disable_tta, a.validate, a.save_probabilities, not a.no_next_stage, **options)
     folder = model/f'fold_{a.fold}'
     return {'model': model, 'fold': a.fold, 'validation': _scores(folder/('validation' if a.validate == 'final' else 'validation_best'))}
 
@@ -802,7 +963,8 @@ def predict(
     predictor = Predictor.from_folder(model, folds=folds, **options, **({'postprocess': rule} if rule else {}))
     described = read_json(Path(model)/'dataset.json')
     shared, before, first = dict(overwrite=overwrite, progress=progress), predictor.configuration.previous_stage, None
-    if running.get('previous') is not None and not before: raise UsageError(f'{model} is no second stage of a cascade: it takes no label maps of another stage (--previous)')
+    if running.get('previous') is not None and not before: raise UsageError(f'{model} is no second stage of a cascade: it takes no label maps of another '
+                                                                            f'stage (--previous)')
     if before and running.get('previous') is None:
         source, running, first = _first_stage(predictor, source, Path(model), out, described.get('file_ending'), running,
                                               folds=folds, say=say, postprocessing=postprocessing is not False, **shared, **options)
@@ -815,18 +977,19 @@ def predict(
 # %% ../nbs/90_cli.ipynb #b1d0dbb9
 def _first_stage(predictor, source, model, out, ending, running, say, **options):
     "Predict the stage before into a folder of its own; gives what the second stage takes then, and the error that names the cases that failed"
-    from segnb.prediction import PredictionError, _cases_of
+    from segnb.prediction import PredictionError, cases_to_predict
     folder = Path(out)/f'{predictor.configuration.previous_stage}_predictions'
     say(f'{model.name} needs the label maps of {predictor.configuration.previous_stage}: they are predicted first, into {folder}')
     parts = {k: v for k, v in running.items() if k in ('part_id', 'num_parts', 'n_workers')}
     options.pop('network', None) # it is the second stage's
     first = model.parent/predictor.configuration.previous_stage
     asked = options.get('folds') or ()
-    if asked and not any((first/f'fold_{f}').is_dir() for f in ([asked] if isinstance(asked, (int, str)) else asked)): options['folds'] = None # 'all' there, numbers here
+    if asked and not any((first/f'fold_{f}').is_dir() for f in ([asked] if isinstance(asked, (int, str))
+                                                                else asked)): options['folds'] = None # 'all' there, numbers here
     try: predict(source, folder, first, say=say, **parts, **options)
     except PredictionError as error:
         if not getattr(error, 'written', None): raise
-        mine = list(_cases_of(source, predictor.plans, ending).items())[parts.get('part_id', 0)::parts.get('num_parts', 1)]
+        mine = list(cases_to_predict(source, predictor.plans, ending).items())[parts.get('part_id', 0)::parts.get('num_parts', 1)]
         rest = {k: v for k, v in running.items() if k not in ('part_id', 'num_parts')}
         return {case: files for case, files in mine if case not in error.failed}, rest | {'previous': folder}, error
     return source, running | {'previous': folder}, None
@@ -851,10 +1014,12 @@ def _predict_arguments(p):
     p.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder for the label maps')
     _arguments(p, 'quiet', 'json', 'dask')
     group = p.add_argument_group('which model')
-    group.add_argument('-m', '--model', metavar='FOLDER', help='model folder; or name a data set with -d')
-    group.add_argument('-d', '--dataset', help='data set whose model in the workspace to use')
+    group.add_argument('-m', '--model', metavar='FOLDER', help='model folder (default: found by -d and -c)')
+    group.add_argument('-d', '--dataset', help='data set whose model in the workspace to use (default: none, -m names the model)')
     _arguments(group, 'workspace', 'configuration')
-    group.add_argument('--network', metavar='PLACE', help="a function that builds the network, where the model's own cannot be found or is not to be trusted: package.module:function, or file.py:function")
+    group.add_argument('--network', metavar='PLACE',
+                       help="a function that builds the network, where the model's own cannot be found or is not to be trusted: package.module:function, or "
+                            "file.py:function (default: the model's own)")
     group.add_argument('-f', '--folds', nargs='+', default=None, help='folds to average (default: all that are trained)')
     group.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which checkpoint (default: final)')
     group.add_argument('--previous', metavar='FOLDER', help='second stage of a cascade: label maps of the first (default: they are predicted, too)')
@@ -862,7 +1027,8 @@ def _predict_arguments(p):
     add = p.add_argument_group('what is written').add_argument
     add('--overwrite', action='store_true', help='predict again what is already there')
     add('--save-probabilities', action='store_true', help='keep the probabilities, for segnb ensemble')
-    add('--maps', nargs='+', choices=['probability', 'entropy', 'margin'], default=(), help='images beside the label maps: probability of each class, entropy, margin between the two likeliest classes')
+    add('--maps', nargs='+', choices=['probability', 'entropy', 'margin'], default=(),
+        help='images beside the label maps: probability of each class, entropy, margin between the two likeliest classes (default: none)')
     _arguments(p, 'workers')
     add = p.add_mutually_exclusive_group().add_argument
     add('--postprocessing', metavar='FILE', help='postprocessing.json to apply (default: the one stored with the model)')
@@ -880,15 +1046,19 @@ def _how_arguments(group):
     add('--step-size', type=float, default=.5, help='step of the window as a fraction of the patch (default: 0.5)')
     exclusive = group.add_mutually_exclusive_group()
     _arguments(exclusive, 'no_mirroring')
-    exclusive.add_argument('--mirror-axes', nargs='+', type=_axis, default=None, metavar='AXIS', help='mirror along these only: 0 1 2, or names such as left-right (default: those the network was trained with)')
+    exclusive.add_argument('--mirror-axes', nargs='+', type=_axis, default=None, metavar='AXIS',
+                           help='mirror along these only: 0 1 2, or names such as left-right (default: those the network was trained with)')
     add('--whole-image', action='store_true', help='run the network once on the whole image, without a window')
-    add('--batch-size', type=_positive, default=None, metavar='N', help='tiles and mirrored copies that go through the network together (default: what memory allows)')
+    add('--batch-size', type=_positive, default=None, metavar='N',
+        help='tiles and mirrored copies that go through the network together (default: what memory allows)')
     _arguments(group, 'device', 'precision')
-    add('--accumulate', default='auto', choices=['auto', 'device', 'cpu'], help='where probabilities are summed (default: on the device where its memory suffices)')
+    add('--accumulate', default='auto', choices=['auto', 'device', 'cpu'],
+        help='where probabilities are summed (default: auto, on the device where its memory suffices)')
     add('--export-order', type=int, default=None, choices=range(4), help='spline order of the way back to the original grid (default: 1, or the plan\'s)')
     add('--export-order-z', type=int, default=None, choices=range(4), help='the same along a coarse axis (default: 0, or the plan\'s)')
 
-_PREDICTOR_OPTIONS = dict(whole_image=False, batch_size=None, accumulate='auto', mode='normal', export_order=None, export_order_z=None, previous=None, maps=(), save_probabilities=False, part_id=0, num_parts=1, network=None)
+_PREDICTOR_OPTIONS = dict(whole_image=False, batch_size=None, accumulate='auto', mode='normal', export_order=None, export_order_z=None, previous=None, maps=(),
+                          save_probabilities=False, part_id=0, num_parts=1, network=None)
 
 def _run_predict(a):
     from segnb.prediction import PredictionError
@@ -916,9 +1086,10 @@ def evaluate(
 )->dict:           # The result of `evaluate_folder`
     "Score predictions against references: per class and case; raises `SegnbError`"
     from segnb.metrics import evaluate_folder, format_table
-    from segnb.workers import check_writable, write_json
+    from segnb.workers import write_json
+    for folder, what in ((reference, 'reference label maps'), (prediction, 'predicted label maps')): _check_folder(folder, what)
     known = _labels(labels, reference)
-    for file in filter(None, (output, v1_summary)): check_writable(Path(file).absolute().parent)
+    for file in filter(None, (output, v1_summary)): _check_file(file)
     result = evaluate_folder(reference, prediction, known, **options)
     write_json(result, output or Path(prediction)/'summary.json')
     if v1_summary:
@@ -950,6 +1121,9 @@ def compare(
 ):                # `segnb.metrics.Comparison`; its differences are `prediction` minus `other`
     "Hold two folders of predictions against the same references, case by case; raises `SegnbError`"
     from segnb.metrics import compare_folders
+    for folder, what in ((reference, 'reference label maps'), (prediction, 'predicted label maps'), (other, 'the other predictions')): _check_folder(folder,
+        what)
+    if picture: _check_file(picture)
     names = [Path(folder).parts for folder in (other, prediction)]
     while names[0][-1:] == names[1][-1:] and min(map(len, names)) > 1: names = [parts[:-1] for parts in names] # a/validation, b/validation: a, b
     found = compare_folders(other, prediction, reference, _labels(labels, reference), names=tuple(parts[-1] for parts in names), **options)
@@ -960,21 +1134,27 @@ def compare(
         say(f'wrote {picture}')
     return found
 
+# %% ../nbs/90_cli.ipynb #49495c99
 @_verb('evaluate', 'Score predictions against references.', 'segnb evaluate -r labelsTr -p predictions --metrics all')
 def _evaluate_arguments(p):
     p.add_argument('-r', '--reference', required=True, metavar='FOLDER', help='folder of reference label maps')
     p.add_argument('-p', '--prediction', required=True, metavar='FOLDER', help='folder of predicted label maps')
-    p.add_argument('-l', '--labels', nargs='+', default=None, metavar='FILE', help='dataset.json that declares the labels, or their numbers (default: the dataset.json beside the reference folder)')
+    p.add_argument('-l', '--labels', nargs='+', default=None, metavar='FILE',
+                   help='dataset.json that declares the labels, or their numbers (default: the dataset.json beside the reference folder)')
     p.add_argument('-o', '--output', metavar='FILE', help='summary to write (default: summary.json in the prediction folder)')
-    p.add_argument('--metrics', nargs='+', default=None, metavar='NAME', help='dice jaccard precision recall volume_difference hd95 assd surface_dice ..., or all (default: those that counting voxels gives)')
-    p.add_argument('--tolerance', type=float, default=None, metavar='MM', help='tolerance of the surface Dice in mm')
+    p.add_argument('--metrics', nargs='+', default=None, metavar='NAME',
+                   help='dice jaccard precision recall volume_difference hd95 assd surface_dice ..., or all (default: those that counting voxels gives)')
+    p.add_argument('--tolerance', type=float, default=None, metavar='MM', help='tolerance of the surface Dice in mm (default: 2)')
     p.add_argument('--connectivity', type=int, default=None, choices=[6, 18, 26], help='neighbours that make voxels one lesion (default: 26)')
-    p.add_argument('--min-overlap', type=float, default=None, metavar='PART', help='part of a lesion that must be shared for it to count as found (default: one voxel)')
-    p.add_argument('--convention', nargs='+', type=_number, default=None, metavar='NAME=VALUE', help='what counts where a map does not have the label: absent=1 false_alarm=0 one_sided=300 (default: as nnU-Net v1)')
+    p.add_argument('--min-overlap', type=float, default=None, metavar='PART',
+                   help='part of a lesion that must be shared for it to count as found (default: one voxel)')
+    p.add_argument('--convention', nargs='+', type=_number, default=None, metavar='NAME=VALUE',
+                   help='what counts where a map does not have the label: absent=1 false_alarm=0 one_sided=300 (default: as nnU-Net v1)')
     p.add_argument('--cases', nargs='+', default=None, help='score these cases only (default: all, and the folders must hold the same)')
-    p.add_argument('--v1-summary', metavar='FILE', help='also write the scores as nnU-Net v1 does')
-    p.add_argument('--compare', metavar='FOLDER', help='hold the predictions against those of this folder instead, case by case, by the first of --metrics')
-    p.add_argument('--picture', metavar='FILE', help='with --compare: draw the differences')
+    p.add_argument('--v1-summary', metavar='FILE', help='also write the scores as nnU-Net v1 does (default: no)')
+    p.add_argument('--compare', metavar='FOLDER', help='hold the predictions against those of this folder instead, case by case, by the first of --metrics '
+                                                       '(default: no comparison)')
+    p.add_argument('--picture', metavar='FILE', help='with --compare: PNG to draw the differences into (default: none)')
     _arguments(p, 'workers', 'dask', 'quiet', 'json')
     return _run_evaluate
 
@@ -984,7 +1164,8 @@ def _number(text):
     name, _, value = text.partition('=')
     try: value = float(value)
     except ValueError: value = None
-    if value is None or name not in ('absent', 'false_alarm', 'one_sided'): raise argparse.ArgumentTypeError(f"'{text}' is none of absent=NUMBER, false_alarm=NUMBER, one_sided=NUMBER")
+    if value is None or name not in ('absent', 'false_alarm',
+                                     'one_sided'): raise argparse.ArgumentTypeError(f"'{text}' is none of absent=NUMBER, false_alarm=NUMBER, one_sided=NUMBER")
     return name, value
 
 def _run_evaluate(a):
@@ -1015,15 +1196,18 @@ def postprocess(
     return decision
 
 # %% ../nbs/90_cli.ipynb #bce291b2
-@_verb('postprocess', 'Decide which components to remove, or remove them.', 'segnb postprocess determine 4 -w workspace -c 3d_fullres; segnb postprocess apply -i predictions -o cleaned postprocessing.json')
+@_verb('postprocess', 'Decide which components to remove, or remove them.',
+       'segnb postprocess determine 4 -w workspace -c 3d_fullres; segnb postprocess apply -i predictions -o cleaned postprocessing.json')
 def _postprocess_arguments(p):
     ways = p.add_subparsers(metavar='WAY', required=True, dest='way')
-    d = ways.add_parser('determine', help='decide by the validation cases of all folds', description='Pool the validation cases of all folds, write cross_validation.json and postprocessing.json into the model folder.')
+    d = ways.add_parser('determine', help='decide by the validation cases of all folds',
+                        description='Pool the validation cases of all folds, write cross_validation.json and postprocessing.json into the model folder.')
     _arguments(d, 'dataset', 'workspace', 'configuration', 'workers', 'quiet', 'json')
     d.add_argument('-f', '--folds', nargs='+', type=_count, default=None, help='folds to pool (default: all, and then every training case must be in one)')
     d.add_argument('--minimum-sizes', action='store_true', help='spare pieces that are as large as the smallest that was kept anywhere')
     d.set_defaults(run=_run_determine)
-    k = ways.add_parser('apply', help='remove components from label maps', description='Apply a postprocessing.json, of segnb or of nnU-Net v1, to a folder of label maps.')
+    k = ways.add_parser('apply', help='remove components from label maps',
+                        description='Apply a postprocessing.json, of segnb or of nnU-Net v1, to a folder of label maps.')
     k.add_argument('rule', metavar='FILE', help='postprocessing.json')
     k.add_argument('-i', '--input', required=True, metavar='FOLDER', help='folder of label maps')
     k.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder for the results')
@@ -1064,7 +1248,7 @@ def _ensemble_arguments(p):
     p.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder for the label maps')
     p.add_argument('-l', '--labels', metavar='FILE', help='dataset.json that declares the labels (default: the one beside or above the predictions)')
     p.add_argument('--weights', nargs='+', type=float, default=None, metavar='X', help='how much each folder counts (default: all the same)')
-    p.add_argument('--postprocessing', metavar='FILE', help='postprocessing.json to apply; the untouched maps go into not_postprocessed/')
+    p.add_argument('--postprocessing', metavar='FILE', help='postprocessing.json to apply; the untouched maps go into not_postprocessed/ (default: none)')
     p.add_argument('--save-probabilities', action='store_true', help='keep the averaged probabilities')
     p.add_argument('--continue', dest='resume', action='store_true', help='leave what is done, go on where a run was cut off')
     _arguments(p, 'workers', 'quiet', 'json')
@@ -1104,7 +1288,8 @@ def _select_arguments(p):
 
 def _run_select(a):
     from segnb.workers import read_json
-    select(a.dataset, a.workspace, a.configuration, a.folds, not a.no_ensembling, not a.no_postprocessing, n_workers=a.workers, progress=not a.quiet, device=a.device)
+    select(a.dataset, a.workspace, a.configuration, a.folds, not a.no_ensembling, not a.no_postprocessing, n_workers=a.workers, progress=not a.quiet,
+           device=a.device)
     return read_json(find_model(a.dataset, Path(a.workspace))/'selection.json')
 
 # %% ../nbs/90_cli.ipynb #52f3c0c5
@@ -1132,9 +1317,9 @@ def report(
 def _report_arguments(p):
     p.add_argument('target', help='data set or model: folder, name or number; by name or number the models, and where there are none the raw data')
     _arguments(p, 'workspace', 'json')
-    p.add_argument('-c', '--configuration', default=None, help='this configuration only')
+    p.add_argument('-c', '--configuration', default=None, help='this configuration only (default: all that are trained)')
     p.add_argument('-o', '--output', metavar='FILE', help='.html to write (default: report.html beside what it tells of)')
-    p.add_argument('--title', help='title of the page')
+    p.add_argument('--title', help='title of the page (default: the name of the task)')
     return lambda a: {'report': report(a.target, a.workspace, a.configuration, a.output, title=a.title)}
 
 # %% ../nbs/90_cli.ipynb #0700dba4
@@ -1175,7 +1360,7 @@ def overlay(
     "Draw every training case with its reference, or every predicted case with both; raises `SegnbError`"
     from tqdm import tqdm
     from segnb.dataset import Dataset
-    from segnb.postprocessing import label_files
+    from segnb.metrics import label_files
     from segnb.viewer import save_fig
     from segnb.workers import check_writable
     data, out = Dataset(find_raw(dataset, Path(workspace))), check_writable(out)
@@ -1183,7 +1368,7 @@ def overlay(
     predicted = label_files(prediction) if prediction else {}
     cases = [c for c in data.cases if not prediction or c in predicted]
     if not cases: raise UsageError(f'{prediction} holds no label map of a training case of {data.folder}')
-    for case in tqdm(cases, desc='drawing', unit='case', disable=not progress):
+    for case in tqdm(cases, desc='drawing', unit='case', disable=None if progress else True):
         save_fig(_overlay(data.image_files(case), data.label_file(case), predicted.get(case), channel), out/f'{case}.png')
     say(f'{len(cases)} pictures in {out}')
     return [out/f'{case}.png' for case in cases]
@@ -1192,7 +1377,8 @@ def overlay(
 def _overlay_arguments(p):
     _arguments(p, 'dataset', 'workspace', 'quiet', 'json')
     p.add_argument('-o', '--output', required=True, metavar='FOLDER', help='folder for <case>.png')
-    p.add_argument('--prediction', metavar='FOLDER', help='folder of predicted label maps of training cases: draw these, with their errors')
+    p.add_argument('--prediction', metavar='FOLDER',
+                   help='folder of predicted label maps of training cases: draw these, with their errors (default: draw the references of all)')
     p.add_argument('--channel', type=_count, default=0, metavar='N', help='channel to draw (default: 0)')
     return lambda a: {'pictures': overlay(a.dataset, a.output, a.workspace, a.prediction, a.channel, not a.quiet)}
 
@@ -1225,7 +1411,8 @@ def _cascade_arguments(p):
     _arguments(p, 'dataset', 'workspace')
     p.add_argument('-c', '--configuration', default='3d_cascade_fullres', help='the second stage (default: 3d_cascade_fullres)')
     p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help="folds of the second stage, or 'all' (default: every fold)")
-    p.add_argument('--first-folds', nargs='+', metavar='FOLD', help='folds of the first stage (default: every fold, so that each case is predicted by a network that never saw it)')
+    p.add_argument('--first-folds', nargs='+', metavar='FOLD',
+                   help='folds of the first stage (default: every fold, so that each case is predicted by a network that never saw it)')
     p.add_argument('-n', '--dry-run', action='store_true', help='only say what is done, missing or stale')
     p.add_argument('--verify', action='store_true', help='with --dry-run: read every preprocessed file and compare its checksum')
     p.add_argument('--no-validation', action='store_true', help='do not score the held-back cases')
@@ -1237,7 +1424,8 @@ def _cascade_arguments(p):
 
 def _run_cascade(a):
     os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
-    given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name, None)) not in (None, 'auto')} | ({} if a.workers is None else {'n_workers': a.workers})
+    given = {name: value for name in TRAINER_OPTIONS if (value := getattr(a, name, None)) not in (None, 'auto')} | ({} if a.workers is None
+        else {'n_workers': a.workers})
     options = {'verify': a.verify} if a.dry_run else dict(progress=not a.quiet, predict={'mirror': False} if a.disable_tta else None, **given)
     found = cascade(a.dataset, a.workspace, a.configuration, a.folds, a.dry_run, first_folds=a.first_folds, validate=not a.no_validation, **options)
     return found.to_dict()
@@ -1278,17 +1466,13 @@ def _export_model_arguments(p):
     p.add_argument('-f', '--folds', nargs='+', metavar='FOLD', help='folds (default: all that are trained)')
     p.add_argument('--checkpoint', default='final', choices=['final', 'best', 'latest'], help='which network of each fold (default: final)')
     p.add_argument('--no-case-names', action='store_true', help='number the cases, so that their names stay here')
-    for name, text in (('licence', 'under which the model may be used'), ('description', 'what it does'), ('citation', 'what to cite')): p.add_argument(f'--{name}', help=text)
-    return lambda a: {'file': export_model(a.model, a.output, a.workspace, a.configurations, folds=a.folds, checkpoint=a.checkpoint, licence=a.licence, description=a.description, citation=a.citation, case_names=not a.no_case_names)}
+    for name, text in (('licence', 'under which the model may be used, such as CC-BY-4.0'), ('description', 'what it does, a sentence'),
+                       ('citation', 'what to cite')): p.add_argument(f'--{name}', metavar='TEXT', help=f'{text} (default: not said)')
+    return lambda a: {'file': export_model(a.model, a.output, a.workspace, a.configurations, folds=a.folds, checkpoint=a.checkpoint, licence=a.licence,
+                                           description=a.description, citation=a.citation, case_names=not a.no_case_names)}
 
 # %% ../nbs/90_cli.ipynb #27ff05d6
-def _is_official(source):
-    "Whether a folder or zip file can only be a model of nnU-Net itself"
-    import zipfile
-    if source.is_dir(): return True
-    try:
-        with zipfile.ZipFile(source) as z: return 'manifest.json' not in (names := z.namelist()) and any(n.endswith(('.pth', 'plans.pkl', '.model')) for n in names)
-    except (OSError, zipfile.BadZipFile): return False # the reader of model files says what is wrong with it
+_TAKES = {'segnb file': ('digest',), 'nnU-Net v1': ('folds', 'dataset', 'regions', 'repair'), 'nnU-Net v2': ('folds',)}
 
 def import_model(
     source,                # A file of `segnb export-model`; a folder or zip file of models of nnU-Net v1 or v2
@@ -1303,25 +1487,27 @@ def import_model(
     from segnb import exchange
     source, models = Path(source), Path(workspace)/'models'
     if not source.exists(): raise UsageError(f'there is no {source}')
-    if _is_official(source):
+    kind = exchange.model_kind(source)
+    foreign = [n for n in ('digest', 'folds', 'dataset', 'regions', 'repair') if options.get(n) and n not in _TAKES[kind]]
+    if foreign: raise UsageError(f"{source} is a {kind.replace('nnU-Net', 'model of nnU-Net')}, which takes no --{foreign[0]}")
+    if kind != 'segnb file':
         if describe: raise UsageError(f'{source} is no file of segnb export-model, which alone describes itself; leave --describe out to import it')
-        try: made = exchange.load_nnunet(source, out, overwrite=overwrite, **options, **({} if out else {'models': models}))
-        except TypeError as error:
-            if 'unexpected keyword' not in str(error): raise
-            raise UsageError(f'{source} is a model of nnU-Net v2: --dataset, --regions and --repair are for those of v1') from None
+        made = exchange.load_nnunet(source, out, overwrite=overwrite, **options, **({} if out else {'models': models}))
     else:
         card = exchange.describe_model(source)
         say(str(card))
         if describe: return card.manifest
         if out is None:
             out = models/str(card.trained_on.get('dataset') or source.stem)
-            if len(card.configurations) == 1: out = out/next(iter(card.configurations))
+            if 'plans.json' in card.manifest['members']: out = out/next(iter(card.configurations)) # of one configuration, not of a task
         made = exchange.import_model(source, out, overwrite=overwrite, **options)
-    say(f'{made}; to predict with it: segnb predict -i IMAGES -o OUT -m ' + str(made if (made/'plans.json').exists() else max((f.parent for f in made.glob('*/plans.json')), key=lambda c: ('cascade' in c.name, c.name))))
+    say(f'{made}; to predict with it: segnb predict -i IMAGES -o OUT -m '
+        + str(made if (made/'plans.json').exists() else max((f.parent for f in made.glob('*/plans.json')), key=lambda c: ('cascade' in c.name, c.name))))
     return made
 
 # %% ../nbs/90_cli.ipynb #cead33b2
-@_verb('import-model', 'Make a model folder of a model file, or of models of nnU-Net v1 or v2; everything is verified first, nothing in it is run.', 'segnb import-model hippocampus.segnb -w workspace')
+@_verb('import-model', 'Make a model folder of a model file, or of models of nnU-Net v1 or v2; everything is verified first, nothing in it is run.',
+       'segnb import-model hippocampus.segnb -w workspace')
 def _import_model_arguments(p):
     p.add_argument('source', help='a file of segnb export-model; a folder or zip file of models of nnU-Net v1 or v2')
     _arguments(p, 'workspace', 'json')
@@ -1329,20 +1515,26 @@ def _import_model_arguments(p):
     p.add_argument('--overwrite', action='store_true', help='replace what is there')
     add = p.add_argument_group('files of segnb export-model').add_argument
     add('--describe', action='store_true', help='only say what is in the file')
-    add('--digest', help='digest that the sender told: another file is refused')
+    add('--digest', help='digest that the sender told, hexadecimal: another file is refused (default: not compared)')
     add = p.add_argument_group('models of nnU-Net').add_argument
     add('-f', '--folds', nargs='+', metavar='FOLD', help='folds to take (default: all that are there)')
-    add('--dataset', metavar='FILE', help="v1: the dataset.json of the task, for the names of the labels, which such a model does not keep")
-    add('--regions', nargs='+', type=_pairs, metavar='NAME=VALUES', help="v1: regions of a trainer that is not known, such as whole=1,2,3 core=2,3, in the order in which they are written")
-    add('--repair', action='store_true', help="v1 cascades: put the first stage's map where it belongs (default: as nnU-Net v1 does, so that the masks are the same)")
+    add('--dataset', metavar='FILE', help="v1: the dataset.json of the task, for the names of the labels, which such a model does not keep (default: label "
+                                          "1, label 2, ...)")
+    add('--regions', nargs='+', type=_pairs, metavar='NAME=VALUES',
+        help="v1: regions of a trainer that is not known, such as whole=1,2,3 core=2,3, in the order in which they are written (default: found by the "
+             "trainer's name)")
+    add('--repair', action='store_true', help="v1 cascades: put the first stage's map where it belongs (default: as nnU-Net v1 does, so that the masks are "
+                                              "the same)")
     return _run_import_model
 
 def _run_import_model(a):
-    given = {k: v for k in ('digest', 'folds', 'dataset', 'repair') if (v := getattr(a, k))} | ({'regions': {k: v if isinstance(v, list) else [v] for k, v in a.regions}} if a.regions else {})
+    given = {k: v for k in ('digest', 'folds', 'dataset', 'repair')
+             if (v := getattr(a, k))} | ({'regions': {k: v if isinstance(v, list) else [v] for k, v in a.regions}} if a.regions else {})
     return {'description' if a.describe else 'model': import_model(a.source, a.output, a.workspace, a.overwrite, a.describe, **given)}
 
 # %% ../nbs/90_cli.ipynb #6cb65b0c
-@_verb('export-onnx', 'Write networks as ONNX, with the pipeline as JSON and a script that needs numpy and onnxruntime alone.', 'segnb export-onnx 4 -w workspace -o hippocampus_onnx')
+@_verb('export-onnx', 'Write networks as ONNX, with the pipeline as JSON and a script that needs numpy and onnxruntime alone.',
+       'segnb export-onnx 4 -w workspace -o hippocampus_onnx')
 def _export_onnx_arguments(p):
     p.add_argument('model', help='model folder, or data set by name or number')
     _arguments(p, 'workspace', 'configuration', 'json')
@@ -1365,15 +1557,19 @@ def _run_export_onnx(a):
 def _resources(k, **usual):
     "Add what a job may use"
     add = k.add_argument_group('resources of a job').add_argument
-    for name, value, text in (('gpus', int, 'GPUs'), ('cpus', int, 'cores'), ('memory-gb', float, 'memory, GB'), ('hours', float, 'time limit'), ('nodes', int, 'machines, one training on all of them')):
-        if name.replace('-', '_') in usual: add(f'--{name}', type=value, default=usual[name.replace('-', '_')], help=f"{text} (default: {usual[name.replace('-', '_')]:g})")
+    for name, value, text in (('gpus', int, 'GPUs'), ('cpus', int, 'cores'), ('memory-gb', float, 'memory, GB'), ('hours', float, 'time limit, hours'),
+                              ('nodes', int, 'machines, one training on all of them')):
+        if name.replace('-', '_') in usual: add(f'--{name}', type=value, default=usual[name.replace('-', '_')],
+                                                help=f"{text} (default: {usual[name.replace('-', '_')]:g})")
     add = k.add_argument_group('SLURM').add_argument
     add('--at-once', type=_positive, default=None, metavar='N', help='most jobs of an array that run at once (default: no limit)')
-    add('--setup', default='', help="lines that a script runs first, such as 'module load cuda'")
-    add('--sbatch', action='append', default=[], metavar='OPTION', help="one more option of sbatch, such as --sbatch=--partition=gpu; may be given again")
+    add('--setup', default='', help="lines that a script runs first, such as 'module load cuda' (default: none)")
+    add('--sbatch', action='append', default=[], metavar='OPTION',
+        help="one more option of sbatch, such as --sbatch=--partition=gpu; may be given again (default: none)")
     add('-o', '--output', required=True, metavar='FOLDER', help='folder for the jobs, on a file system that all machines see')
 
-@_verb('jobs', 'Write trainings or predictions as jobs for SLURM, run them here, or say how they stand.', "segnb jobs train 4 -w workspace -c 2d 3d_fullres -o jobs; segnb jobs run jobs")
+@_verb('jobs', 'Write trainings or predictions as jobs for SLURM, run them here, or say how they stand.',
+       "segnb jobs train 4 -w workspace -c 2d 3d_fullres -o jobs; segnb jobs run jobs")
 def _jobs_arguments(p):
     kinds = p.add_subparsers(metavar='WHAT', required=True, dest='what')
     k = kinds.add_parser('train', help='the trainings of a cross-validation', epilog='Words after -- are for segnb train.')
@@ -1384,13 +1580,15 @@ def _jobs_arguments(p):
     k.add_argument('--no-select', action='store_true', help='do not end with segnb select')
     _resources(k, gpus=1, cpus=8, memory_gb=32., hours=48., nodes=1)
     k = kinds.add_parser('predict', help='the prediction of a folder of images in parts', epilog='Words after -- are for segnb predict.')
-    for flag, name, text in (('-i', 'input', 'folder of images'), ('-l', 'label_maps', 'folder for the label maps'), ('-m', 'model', 'model folder')): k.add_argument(flag, f"--{name.replace('_', '-')}", required=True, metavar='FOLDER', help=text)
+    for flag, name, text in (('-i', 'input', 'folder of images'), ('-l', 'label_maps', 'folder for the label maps'),
+                             ('-m', 'model', 'model folder')): k.add_argument(flag, f"--{name.replace('_', '-')}", required=True, metavar='FOLDER', help=text)
     k.add_argument('-n', '--num-parts', type=_positive, required=True, help='jobs that share the cases')
     _resources(k, gpus=1, cpus=4, memory_gb=16., hours=12.)
     k = kinds.add_parser('run', help='run here what is not done, by the array scripts')
-    k.add_argument('folder'); k.add_argument('-n', '--at-once', type=_positive, default=1, help='jobs side by side (default: 1)')
-    k.add_argument('--devices', nargs='+', default=None, metavar='GPU', help='a GPU for each of them'); _arguments(k, 'quiet')
-    kinds.add_parser('show', help='say how the jobs stand').add_argument('folder')
+    k.add_argument('folder', help='folder of the jobs, as -o of jobs train or jobs predict named it')
+    k.add_argument('-n', '--at-once', type=_positive, default=1, help='jobs side by side (default: 1)')
+    k.add_argument('--devices', nargs='+', default=None, metavar='GPU', help='a GPU for each of them, such as 0 1 (default: all see all GPUs)')
+    kinds.add_parser('show', help='say how the jobs stand').add_argument('folder', help='folder of the jobs')
     p.set_defaults(more=())
     return _run_jobs
 
@@ -1400,9 +1598,13 @@ def _run_jobs(a):
     if a.what == 'show':
         print(scaling.show_jobs(a.folder))
         return {'jobs': scaling.job_states(a.folder)}
-    if a.what == 'run': return {'jobs': scaling.run_jobs(a.folder, a.at_once, a.devices, progress=not a.quiet)}
+    if a.what == 'run':
+        states = scaling.run_jobs(a.folder, a.at_once, a.devices, progress=not a.quiet)
+        print(scaling.show_jobs(a.folder))
+        return {'jobs': states}
     given = {k: getattr(a, k) for k in ('gpus', 'cpus', 'memory_gb', 'hours', 'nodes') if hasattr(a, k)}
     if a.what == 'train': jobs = scaling.training_jobs(a.dataset, a.workspace, a.configurations, a.folds, a.more, a.preprocess, not a.no_select, **given)
+    elif Path(a.input).resolve() == Path(a.label_maps).resolve(): raise UsageError(f'{a.label_maps} holds the images: give another folder for the label maps')
     else: jobs = scaling.prediction_jobs(a.input, a.label_maps, a.model, a.num_parts, a.more, **given)
     submit = scaling.write_slurm(jobs, a.output, at_once=a.at_once, setup=a.setup, options=tuple(a.sbatch))
     print(f'{len(jobs)} jobs in {a.output}; on a cluster: bash {submit}; here: segnb jobs run {a.output}')
@@ -1450,9 +1652,9 @@ def demo(
 @_verb('demo', 'Run everything on a small phantom task.', 'segnb demo -o demo')
 def _demo_arguments(p):
     p.add_argument('-o', '--output', default='demo', metavar='FOLDER', help='folder for everything (default: demo)')
-    p.add_argument('--task', default='Task101_PhantomCT', choices=['Task101_PhantomCT', 'Task102_PhantomMR'], help='sample task')
+    p.add_argument('--task', default='Task101_PhantomCT', choices=['Task101_PhantomCT', 'Task102_PhantomMR'], help='sample task (default: Task101_PhantomCT)')
     p.add_argument('--samples', metavar='FOLDER', help='folder of sample tasks (default: data_samples here, or made anew)')
-    p.add_argument('--minutes', type=float, default=5., help='time for training (default: 5)')
+    p.add_argument('--minutes', type=float, default=5., help='time for training, minutes (default: 5)')
     _arguments(p, 'device', 'quiet', 'json')
     return _run_demo
 
@@ -1468,12 +1670,14 @@ _CASCADE = 'not needed: the model folder knows that it is the second stage'
 
 V1 = {
     'variables': ('segnb plan 4 -w WORKSPACE', {
-        'nnUNet_raw_data_base': 'not needed; looked into where a data set is not found otherwise', 'nnUNet_preprocessed': '-w WORKSPACE', 'RESULTS_FOLDER': '-w WORKSPACE',
+        'nnUNet_raw_data_base': 'not needed; looked into where a data set is not found otherwise', 'nnUNet_preprocessed': '-w WORKSPACE',
+        'RESULTS_FOLDER': '-w WORKSPACE',
         'nnUNet_def_n_proc': '-j 8', 'nnUNet_n_proc_DA': 'segnb train 4 0 -j 8'}),
     'nnUNet_convert_decathlon_task': ('segnb convert decathlon SOURCE raw', {
         '-i': 'segnb convert decathlon SOURCE raw', '-p': '-j 8', '-output_task_id': 'segnb convert decathlon SOURCE raw/Task104_Name'}),
     'nnUNet_plan_and_preprocess': ('segnb plan 4; then segnb preprocess 4', {
-        '-t': 'segnb plan 4; then segnb preprocess 4', '--task_ids': 'segnb plan 4; then segnb preprocess 4', '-pl3d': '--planner nnunet_v1_residual', '--planner3d': '--planner nnunet_v1_residual',
+        '-t': 'segnb plan 4; then segnb preprocess 4', '--task_ids': 'segnb plan 4; then segnb preprocess 4', '-pl3d': '--planner nnunet_v1_residual',
+        '--planner3d': '--planner nnunet_v1_residual',
         '-pl2d': 'not needed: one planner plans all configurations; leave one out with segnb preprocess 4 -c 3d_fullres',
         '--planner2d': 'not needed: see -pl2d', '-no_pp': 'segnb plan 4', '-tl': 'segnb preprocess 4 -j 8', '-tf': 'segnb preprocess 4 -j 8',
         '--verify_dataset_integrity': 'not needed: segnb plan always looks; with pictures and repairs: segnb doctor 4',
@@ -1504,32 +1708,42 @@ V1['nnUNet_train_DDP'] = 'segnb train 4 0', _TRAIN | {k: _PARALLEL[k] for k in (
 # %% ../nbs/90_cli.ipynb #d6c59b79
 V1 |= {
     'nnUNet_predict': ('segnb predict -i IN -o OUT -d 4', {
-        '-i': '-i IN', '--input_folder': '-i IN', '-o': '-o OUT', '--output_folder': '-o OUT', '-t': '-d 4', '--task_name': '-d 4', '-tr': _RECIPE, '--trainer_class_name': _RECIPE,
-        '-ctr': _CASCADE, '--cascade_trainer_class_name': _CASCADE, '-m': '-c 3d_fullres', '--model': '-c 3d_fullres', '-p': _ONE_PLAN, '--plans_identifier': _ONE_PLAN,
-        '-f': '-f 0 1', '--folds': '-f 0 1', '-z': '--save-probabilities', '--save_npz': '--save-probabilities', '-l': '--previous FOLDER', '--lowres_segmentations': '--previous FOLDER',
-        '--part_id': '--part-id 0', '--num_parts': '--num-parts 2', '--num_threads_preprocessing': '-j 6', '--num_threads_nifti_save': '-j 2', '--disable_tta': '--disable-tta',
+        '-i': '-i IN', '--input_folder': '-i IN', '-o': '-o OUT', '--output_folder': '-o OUT', '-t': '-d 4', '--task_name': '-d 4', '-tr': _RECIPE,
+        '--trainer_class_name': _RECIPE,
+        '-ctr': _CASCADE, '--cascade_trainer_class_name': _CASCADE, '-m': '-c 3d_fullres', '--model': '-c 3d_fullres', '-p': _ONE_PLAN,
+        '--plans_identifier': _ONE_PLAN,
+        '-f': '-f 0 1', '--folds': '-f 0 1', '-z': '--save-probabilities', '--save_npz': '--save-probabilities', '-l': '--previous FOLDER',
+        '--lowres_segmentations': '--previous FOLDER',
+        '--part_id': '--part-id 0', '--num_parts': '--num-parts 2', '--num_threads_preprocessing': '-j 6', '--num_threads_nifti_save': '-j 2',
+        '--disable_tta': '--disable-tta',
         '--overwrite_existing': '--overwrite', '--mode': '--mode fast', '--all_in_gpu': '--accumulate device',
         '--step_size': '--step-size 0.5', '-chk': '--checkpoint best', '--disable_mixed_precision': '--precision fp32'}),
     'nnUNet_ensemble': ('segnb ensemble A B -o OUT', {
-        '-f': 'segnb ensemble A B -o OUT', '--folders': 'segnb ensemble A B -o OUT', '-o': '-o OUT', '--output_folder': '-o OUT', '-t': '-j 2', '--threads': '-j 2',
+        '-f': 'segnb ensemble A B -o OUT', '--folders': 'segnb ensemble A B -o OUT', '-o': '-o OUT', '--output_folder': '-o OUT', '-t': '-j 2',
+        '--threads': '-j 2',
         '-pp': '--postprocessing postprocessing.json', '--postprocessing_file': '--postprocessing postprocessing.json', '--npz': '--save-probabilities'}),
     'nnUNet_find_best_configuration': ('segnb select 4', {
-        '-m': '-c 2d 3d_fullres', '--models': '-c 2d 3d_fullres', '-t': 'segnb select 4', '--task_ids': 'segnb select 4', '-tr': _RECIPE, '-ctr': _CASCADE, '-pl': _ONE_PLAN,
+        '-m': '-c 2d 3d_fullres', '--models': '-c 2d 3d_fullres', '-t': 'segnb select 4', '--task_ids': 'segnb select 4', '-tr': _RECIPE, '-ctr': _CASCADE,
+        '-pl': _ONE_PLAN,
         '-f': '-f 0 1 2 3 4', '--folds': '-f 0 1 2 3 4', '--disable_ensembling': '--no-ensembling', '--disable_postprocessing': '--no-postprocessing'}),
     'nnUNet_determine_postprocessing': ('segnb postprocess determine 4', {
-        '-m': '-c 3d_fullres', '-t': 'segnb postprocess determine 4', '-tr': _RECIPE, '-pl': _ONE_PLAN, '-val': 'not needed: the folder of validated cases has one name'}),
+        '-m': '-c 3d_fullres', '-t': 'segnb postprocess determine 4', '-tr': _RECIPE, '-pl': _ONE_PLAN,
+        '-val': 'not needed: the folder of validated cases has one name'}),
     'nnUNet_evaluate_folder': ('segnb evaluate -r REF -p PRED', {'-ref': '-r REF', '-pred': '-p PRED', '-l': '-l 1 2'})}
 
 # %% ../nbs/90_cli.ipynb #7b0dc007
 _ZOO = 'not needed: no list of models to download is kept; v1\'s can be had from its own pages'
 V1 |= {
-    'nnUNet_print_available_pretrained_models': (_ZOO, {'--export': _ZOO}), 'nnUNet_print_pretrained_model_info': (_ZOO, {'task_name': _ZOO}), 'nnUNet_download_pretrained_model': (_ZOO, {'task_name': _ZOO}),
-    'nnUNet_download_pretrained_model_by_url': ('not needed: download the file with a browser or curl', {'url': 'not needed: download the file with a browser or curl'}),
+    'nnUNet_print_available_pretrained_models': (_ZOO, {'--export': _ZOO}), 'nnUNet_print_pretrained_model_info': (_ZOO, {'task_name': _ZOO}),
+    'nnUNet_download_pretrained_model': (_ZOO, {'task_name': _ZOO}),
+    'nnUNet_download_pretrained_model_by_url': ('not needed: download the file with a browser or curl',
+                                                {'url': 'not needed: download the file with a browser or curl'}),
     'nnUNet_export_model_to_zip': ('segnb export-model 4', {
         '-t': 'segnb export-model 4', '-o': '-o FILE', '-m': '-c 3d_fullres', '-tr': _RECIPE, '-trc': _CASCADE, '-pl': _ONE_PLAN, '-f': '-f 0 1 2 3 4',
         '--disable_strict': 'not needed: what is trained is exported, and the file says which folds'}),
     'nnUNet_install_pretrained_model_from_zip': ('segnb import-model FILE', {'zip': 'segnb import-model FILE'}),
-    'nnUNet_change_trainer_class': ('not needed: no class is looked up by its name when a model is loaded', dict.fromkeys(('-i', '-tr'), 'not needed: no class is looked up by its name when a model is loaded'))}
+    'nnUNet_change_trainer_class': ('not needed: no class is looked up by its name when a model is loaded',
+                                    dict.fromkeys(('-i', '-tr'), 'not needed: no class is looked up by its name when a model is loaded'))}
 
 def v1_form(
     command:str, # One of `V1`, such as 'nnUNet_predict'
@@ -1559,7 +1773,8 @@ def _run_v1(a):
     found = [a.command] if a.command in V1 else [c for c in V1 if a.command.lower() in c.lower()]
     asked = {flag.split('=')[0] for flag in a.flags if flag.startswith('-')}
     if not found: raise UsageError(f"no command of nnU-Net v1 has '{a.command}' in its name; there are: {', '.join(V1)}")
-    if unknown := asked - {flag for command in found for flag in V1[command][1]}: raise UsageError(f"{', '.join(found)} of nnU-Net v1 has no {', '.join(sorted(unknown))}")
+    if unknown := asked - {flag for command in found for flag in V1[command][1]}: raise UsageError(f"{', '.join(found)} of nnU-Net v1 has no "
+        f"{', '.join(sorted(unknown))}")
     for command in found:
         (name, line), *rows = v1_rows(command)
         print(f'{name}: {line}')

@@ -9,7 +9,8 @@ import torch
 from conftest import QUICK, SEGNB, command, files
 from segnb.cli import main
 
-VERBS = ('convert', 'doctor', 'plan', 'preprocess', 'split', 'train', 'predict', 'evaluate', 'postprocess', 'ensemble', 'select', 'report', 'overlay', 'demo', 'v1', 'completion')
+VERBS = ('convert', 'doctor', 'plan', 'preprocess', 'split', 'train', 'predict', 'evaluate', 'postprocess', 'ensemble', 'select', 'report', 'overlay', 'demo',
+         'v1', 'completion')
 
 
 def grid(file):
@@ -58,7 +59,8 @@ def test_preprocessing_again_finds_all_done(ct, segnb, name):
 
 
 def test_training_ends_with_scores_of_whole_images(ct):
-    assert {'checkpoint_final.pt', 'checkpoint_best.pt', 'checkpoint_latest.pt', 'log.jsonl', 'progress.png', 'record.json', 'validation/summary.json'} <= files(ct.fold)
+    assert {'checkpoint_final.pt', 'checkpoint_best.pt', 'checkpoint_latest.pt', 'log.jsonl', 'progress.png', 'record.json',
+            'validation/summary.json'} <= files(ct.fold)
     [case] = [f[len('validation/'):-len('.nii.gz')] for f in files(ct.fold) if f.endswith('.nii.gz')]
     assert case in ct.said['train'].stdout and 'foreground mean' in ct.said['train'].stdout
     assert grid(ct.fold/'validation'/f'{case}.nii.gz') == grid(ct.raw/'imagesTr'/f'{case}_0000.nii.gz')
@@ -160,5 +162,6 @@ def test_the_demo_leaves_scores_curves_and_pictures(ct, segnb, tmp_path, monkeyp
         said = segnb('demo', '-o', tmp_path/'demo', '--samples', tmp_path/'samples', '--minutes', .02, '--device', 'cpu', '-q')
         assert said.returncode == 0, said.stderr
     cases = [f.name[:-len('.nii.gz')] for f in ct.predictions.glob('*.nii.gz')]
-    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json', 'label_maps/made_with.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
+    assert files(tmp_path/'demo'/'results') == {'progress.png', 'dice.txt', 'label_maps/summary.json',
+                                                'label_maps/made_with.json'} | {f'label_maps/{c}.nii.gz' for c in cases} | {f'overlays/{c}.png' for c in cases}
     assert (tmp_path/'demo'/'results'/'dice.txt').read_text() in said.stdout

@@ -28,7 +28,8 @@ def decathlon(ct, tmp_path):
     for file in ct.raw.rglob('*.nii.gz'): shutil.copy(file, source/file.parent.name/file.name.replace('_0000', ''))
     known = json.loads((ct.raw/'dataset.json').read_text(encoding='utf-8'))
     listed = [dict(image=f'./imagesTr/{f.name}', label=f'./labelsTr/{f.name}') for f in sorted((source/'labelsTr').iterdir())]
-    (source/'dataset.json').write_text(json.dumps({**known, 'training': listed, 'test': [f'./imagesTs/{f.name}' for f in sorted((source/'imagesTs').iterdir())]}))
+    (source/'dataset.json').write_text(json.dumps({**known, 'training': listed,
+                                                   'test': [f'./imagesTs/{f.name}' for f in sorted((source/'imagesTs').iterdir())]}))
     return source
 
 
@@ -61,7 +62,7 @@ def test_convert_pairs_with_classes_and_plan_what_came_out(ct, segnb, tmp_path):
 
 
 @pytest.mark.parametrize('args, words', [
-    (('decathlon', 'nowhere', 'out'), ['nowhere', 'dataset.json']),
+    (('decathlon', 'nowhere', 'out'), ['nowhere', 'not there']),
     (('pairs', '.', '.', 'out', '--classes', 'liver'), ['liver', 'NAME=NUMBER']),
     (('zip', 'a', 'b'), ['zip', 'decathlon'])])
 def test_conversions_that_cannot_be(args, words, tmp_path):
@@ -145,7 +146,8 @@ def test_other_formats_go_all_the_way(ct, segnb, tmp_path):
     for case in Dataset(ct.raw).cases:
         sitk.WriteImage(sitk.ReadImage(str(ct.raw/'imagesTr'/f'{case}_0000.nii.gz')), str(raw/'imagesTr'/f'{case}_0000.nrrd'))
         sitk.WriteImage(sitk.ReadImage(str(ct.raw/'labelsTr'/f'{case}.nii.gz')), str(raw/'labelsTr'/f'{case}.mha'))
-    (raw/'dataset.json').write_text(json.dumps({'channel_names': {'0': 'CT'}, 'labels': {'background': 0, 'organ': 1, 'lesion': 2, 'other': 3}, 'file_ending': '.nrrd'}))
+    (raw/'dataset.json').write_text(json.dumps({'channel_names': {'0': 'CT'}, 'labels': {'background': 0, 'organ': 1, 'lesion': 2, 'other': 3},
+                                                'file_ending': '.nrrd'}))
     succeeded(segnb('doctor', raw, '-q'))
     succeeded(segnb('plan', raw, '-w', tmp_path))
     succeeded(segnb('preprocess', raw.name, '-w', tmp_path, '-c', '3d_fullres'))

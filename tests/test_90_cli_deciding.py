@@ -28,7 +28,8 @@ def pair(ct, tmp_path_factory):
     "The tiny CT task with two configurations, one fold each"
     work = tmp_path_factory.mktemp('pair')
     shutil.copytree(ct.workspace, work, dirs_exist_ok=True)
-    said = command('train', ct.raw.name, 0, '-w', work, '-c', '2d', '--epochs', 1, '--iterations', 2, '--val-iterations', 1, '--no-validation', '--device', 'cpu', '-q', '-j', 0)
+    said = command('train', ct.raw.name, 0, '-w', work, '-c', '2d', '--epochs', 1, '--iterations', 2, '--val-iterations', 1, '--no-validation', '--device',
+                   'cpu', '-q', '-j', 0)
     assert said.returncode == 0, said.stderr
     return SimpleNamespace(raw=ct.raw, workspace=work, models=work/'models'/ct.raw.name, model=work/'models'/ct.raw.name/'3d_fullres')
 
@@ -136,8 +137,10 @@ def test_a_failed_case_of_the_first_stage_does_not_stop_the_others_in_the_second
     assert asked == [(images, 1), ([good], None)] and list(said.value.failed) == [bad] and said.value.written == (tmp_path/'out'/f'{good}.nii.gz',)
 
 
-@pytest.mark.parametrize('args, words', [(('--mode', 'fast', '--save-probabilities'), 'forgets probabilities'), (('--previous', '.'), 'no second stage'), (('--batch-size', 0), 'whole number from 1'), (('--export-order', 9), 'choose from 0, 1, 2, 3'),
-                                         (('--no-postprocessing', '--postprocessing', 'x.json'), 'not allowed with'), (('--disable-tta', '--mirror-axes', 1), 'not allowed with')])
+@pytest.mark.parametrize('args, words', [(('--mode', 'fast', '--save-probabilities'), 'forgets probabilities'), (('--previous', '.'), 'no second stage'),
+                                         (('--batch-size', 0), 'whole number from 1'), (('--export-order', 9), 'choose from 0, 1, 2, 3'),
+                                         (('--no-postprocessing', '--postprocessing', 'x.json'), 'not allowed with'),
+                                         (('--disable-tta', '--mirror-axes', 1), 'not allowed with')])
 def test_options_of_predict_that_cannot_be_leave_nothing(ct, segnb, capsys, tmp_path, args, words):
     try: said = predict(segnb, ct, tmp_path/'out', *args)
     except SystemExit as stop: said = SimpleNamespace(returncode=stop.code, stderr=capsys.readouterr().err)
@@ -162,7 +165,8 @@ def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path
         labels, geometry = read_label_map(file)
         write_label_map(np.roll(labels, 1, 1), geometry, worse/file.name)
     shared = ('-r', reference, '-p', worse, '-q', '-j', 0)
-    said = succeeded(segnb('evaluate', *shared, '-o', tmp_path/'all.json', '--metrics', 'all', '--tolerance', 3, '--connectivity', 6, '--convention', 'absent=1', '--v1-summary', tmp_path/'v1.json'))
+    said = succeeded(segnb('evaluate', *shared, '-o', tmp_path/'all.json', '--metrics', 'all', '--tolerance', 3, '--connectivity', 6, '--convention',
+                           'absent=1', '--v1-summary', tmp_path/'v1.json'))
     result = json.loads((tmp_path/'all.json').read_text(encoding='utf-8'))
     assert {'hd95', 'surface_dice', 'lesion_f1'} <= set(result['mean']['1']) and result['settings']['tolerance_mm'] == 3 and result['settings']['absent'] == 1 and 'hd95' in said
     v1 = json.loads((tmp_path/'v1.json').read_text(encoding='utf-8'))
@@ -173,7 +177,8 @@ def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path
     assert answer['names'] == ['labelsTr', 'worse'] and answer['rows']['foreground']['difference'] < 0 and (tmp_path/'c.png').stat().st_size > 5000
 
 
-@pytest.mark.parametrize('args, words', [(('-l', 'a', 'b'), 'one dataset.json or numbers'), (('--convention', 'absent=x'), 'absent=NUMBER'), (('--metrics', 'dyce'), 'dyce'), (('--picture', 'x.png'), '--compare')])
+@pytest.mark.parametrize('args, words', [(('-l', 'a', 'b'), 'one dataset.json or numbers'), (('--convention', 'absent=x'), 'absent=NUMBER'),
+                                         (('--metrics', 'dyce'), 'dyce'), (('--picture', 'x.png'), '--compare')])
 def test_scores_that_cannot_be_had(ct, segnb, capsys, args, words):
     try: said = segnb('evaluate', '-r', ct.raw/'labelsTr', '-p', ct.raw/'labelsTr', '-q', *args)
     except SystemExit as stop: said = SimpleNamespace(returncode=stop.code, stderr=capsys.readouterr().err)
@@ -185,7 +190,8 @@ def test_the_whole_way_from_folds_to_a_chosen_prediction(pair, segnb, tmp_path):
     name, where = pair.raw.name, ('-w', pair.workspace, '-f', 0)
     said = segnb('postprocess', 'determine', name, *where, '-q', '-j', 0, '--json', '-')
     assert json.loads(succeeded(said))['postprocessing'] == json.loads((pair.model/'postprocessing.json').read_text(encoding='utf-8')) and (pair.model/'cross_validation.json').exists()
-    answer = json.loads(succeeded(segnb('select', name, *where, *FEW, '--json', tmp_path/'answer.json')) and (tmp_path/'answer.json').read_text(encoding='utf-8'))
+    answer = json.loads(succeeded(segnb('select', name, *where, *FEW, '--json', tmp_path/'answer.json'))
+                        and (tmp_path/'answer.json').read_text(encoding='utf-8'))
     assert [c['name'] for c in answer['candidates']] == ['2d', '3d_fullres', '2d+3d_fullres'] and answer['chosen'] in said.stdout + answer['chosen']
     assert list((pair.models/'2d'/'fold_0'/'validation').glob('*.npz')) and (pair.models/'selection.json').exists()
     single = segnb('select', name, *where, *FEW, '--no-ensembling', '--no-postprocessing', '-c', '2d', '3d_fullres')
@@ -193,8 +199,10 @@ def test_the_whole_way_from_folds_to_a_chosen_prediction(pair, segnb, tmp_path):
     parts = []
     for configuration in ('2d', '3d_fullres'): # the lines of a chosen ensemble
         parts.append(tmp_path/'out'/configuration)
-        succeeded(segnb('predict', '-i', pair.raw/'imagesTs', '-o', parts[-1], '-d', name, '-w', pair.workspace, '-c', configuration, *FEW, '--disable-tta', '--save-probabilities', '--no-postprocessing'))
-    answer = json.loads(succeeded(segnb('ensemble', *parts, '-o', tmp_path/'out'/'both', '--postprocessing', pair.model/'postprocessing.json', '--save-probabilities', '-q', '-j', 0, '--json', '-')))
+        succeeded(segnb('predict', '-i', pair.raw/'imagesTs', '-o', parts[-1], '-d', name, '-w', pair.workspace, '-c', configuration, *FEW, '--disable-tta',
+                        '--save-probabilities', '--no-postprocessing'))
+    answer = json.loads(succeeded(segnb('ensemble', *parts, '-o', tmp_path/'out'/'both', '--postprocessing', pair.model/'postprocessing.json',
+                                        '--save-probabilities', '-q', '-j', 0, '--json', '-')))
     assert len(answer['label_maps']) == 2 == len(maps(tmp_path/'out'/'both'))
     succeeded(segnb('ensemble', *parts, '-o', tmp_path/'out'/'first', '--weights', 1, 0, '-q', '-j', 0))
     for name, alone in maps(parts[0]).items(): assert (maps(tmp_path/'out'/'first')[name] == alone).mean() > .98  # kept as float16: ties may fall otherwise
@@ -211,7 +219,8 @@ def test_the_lines_that_select_prints_can_be_run(pair, segnb, tmp_path):
 
 
 def test_a_page_of_a_model_and_of_a_data_set(pair, segnb, tmp_path):
-    page = json.loads(succeeded(segnb('report', pair.raw.name, '-w', pair.workspace, '-c', '3d_fullres', '-o', tmp_path/'model.html', '--title', 'Mine', '--json', '-')))['report']
+    page = json.loads(succeeded(segnb('report', pair.raw.name, '-w', pair.workspace, '-c', '3d_fullres', '-o', tmp_path/'model.html', '--title', 'Mine',
+                                      '--json', '-')))['report']
     assert page == str(tmp_path/'model.html') and '<title>Mine' in (tmp_path/'model.html').read_text(encoding='utf-8')
     succeeded(segnb('report', pair.raw, '-o', tmp_path/'data.html'))
     assert (tmp_path/'data.html').stat().st_size > 10_000

@@ -24,7 +24,8 @@ def refused(said, *words):
 
 def test_a_model_comes_back_from_its_file_and_predicts_the_same(ct, segnb, tmp_path):
     file = tmp_path/'organ.segnb'
-    said = succeeded(segnb('export-model', ct.raw.name, '-w', ct.workspace, '-c', '3d_fullres', '-o', file, '--licence', 'CC0-1.0', '--description', 'two organs'))
+    said = succeeded(segnb('export-model', ct.raw.name, '-w', ct.workspace, '-c', '3d_fullres', '-o', file, '--licence', 'CC0-1.0', '--description',
+                           'two organs'))
     assert str(file) in said and 'CC0-1.0' in said
     described = json.loads(succeeded(segnb('import-model', file, '--describe', '--json', '-')))['description']
     assert described['licence'] == 'CC0-1.0' and not (tmp_path/'workspace').exists()
@@ -87,7 +88,8 @@ def test_downloads_are_listed_and_strange_names_refused(segnb, tmp_path):
 
 def test_jobs_are_written_shown_and_run_here(ct, segnb, tmp_path):
     out, maps = tmp_path/'jobs', tmp_path/'maps'
-    answer = succeeded(segnb('jobs', 'predict', '-i', ct.raw/'imagesTs', '-l', maps, '-m', ct.model, '-n', 2, '-o', out, '--', *FEW, '--disable-tta', '--step-size', 1))
+    answer = succeeded(segnb('jobs', 'predict', '-i', ct.raw/'imagesTs', '-l', maps, '-m', ct.model, '-n', 2, '-o', out, '--', *FEW, '--disable-tta',
+                             '--step-size', 1))
     assert '2 jobs' in answer and {'jobs.json', 'submit.sh'} <= set(files(out))
     assert '2 ready' in succeeded(segnb('jobs', 'show', out))
     succeeded(segnb('jobs', 'run', out, '-q'))
@@ -95,7 +97,8 @@ def test_jobs_are_written_shown_and_run_here(ct, segnb, tmp_path):
 
 
 def test_jobs_of_a_cross_validation_wait_for_each_other(ct, segnb, tmp_path):
-    succeeded(segnb('jobs', 'train', ct.raw.name, '-w', ct.workspace, '-c', '2d', '3d_fullres', '-f', 0, 1, '-o', tmp_path/'jobs', '--at-once', 2, '--sbatch=--partition=gpu', '--', '--epochs', 3))
+    succeeded(segnb('jobs', 'train', ct.raw.name, '-w', ct.workspace, '-c', '2d', '3d_fullres', '-f', 0, 1, '-o', tmp_path/'jobs', '--at-once', 2,
+                    '--sbatch=--partition=gpu', '--', '--epochs', 3))
     jobs = json.loads((tmp_path/'jobs'/'jobs.json').read_text(encoding='utf-8'))['jobs']
     trained = [j for j in jobs if j['name'].startswith('train-')]
     assert len(trained) == 4 and all(j['command'][-2:] == ['--epochs', '3'] for j in trained)
