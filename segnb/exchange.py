@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MOST', 'ExchangeError', 'export_model', 'ModelCard', 'describe_model', 'import_model', 'read_pickle',
-           'ExchangeWarning', 'load_nnunet_v1', 'load_nnunet_v2', 'load_nnunet']
+           'ExchangeWarning', 'load_nnunet_v1', 'load_nnunet_v2', 'model_kind', 'load_nnunet']
 
 # %% ../nbs/84_exchange.ipynb #bddb15de
 import hashlib, html, json, math, os, re, shutil, struct, zipfile, zlib
@@ -27,10 +27,12 @@ class ExchangeError(SegnbError):
 
 FORMAT = 'segnb model 1'
 # members, bytes of a text, values in it, bytes of a list of tensors, brackets in brackets
+_TELLS = ('plans.json', 'dataset.json', 'manifest.json') # texts whose numbers are used; a score elsewhere may be none
 MOST = dict(members=4096, json=64 << 20, values=4_000_000, header=16 << 20, depth=64)
 
 def _parse(raw, name, file):
     "The object in a JSON text that may be hostile"
+    def number(text): return v if math.isfinite(v := float(text)) or not name.endswith(_TELLS) else refuse(f'the number {text[:20]}')
     def refuse(what): raise ExchangeError(f'{name} cannot be trusted', file=file, found=what, expected='plain JSON in UTF-8')
     def once(pairs):
         found = dict(pairs)
@@ -42,7 +44,7 @@ def _parse(raw, name, file):
         depth += 1 if bracket[0] in b'[{' else -1
         if depth > MOST['depth']: refuse(f"more than {MOST['depth']} brackets within each other")
     try:
-        found = json.loads(raw.decode('utf-8'), object_pairs_hook=once)
+        found = json.loads(raw.decode('utf-8'), object_pairs_hook=once, parse_float=number, parse_constant=number)
         json.dumps(found, ensure_ascii=False).encode('utf-8')
     except (ValueError, RecursionError) as error:
         if isinstance(error, SegnbError): raise
@@ -229,12 +231,14 @@ def _entries(archive, f, start, count, file):
         if name != 'manifest.json' and not _MEMBER.fullmatch(name): refuse('a name that no model has', name)
         if e.flag_bits & ~0x800 or e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size: refuse('it is packed or encrypted', name)
         if e.external_attr >> 16 & 0o170000 not in (0, 0o100000) or e.external_attr & 0x10: refuse('a link or a folder, not a file', name)
-        if e.header_offset != at: refuse('its bytes do not follow those of the member before', name)
-        f.seek(at)
+        if e.header_offset != f.seek(at): refuse('its bytes do not follow those of the member before', name)
         head = f.read(30)
         if len(head) < 30 or head[:4] != b'PK\x03\x04': refuse('it is not where the list says', name)
-        n_name, n_more = struct.unpack('<HH', head[26:30])
+        said, sizes, (n_name, n_more) = struct.unpack('<HH4xI', head[6:18]), struct.unpack('<II', head[18:26]), struct.unpack('<HH', head[26:30])
         if f.read(n_name) != name.encode('ascii') or n_more > 20: refuse('it has two names', name)
+        if sizes == (0xffffffff,) * 2: sizes = struct.unpack('<4xQQ', f.read(20)) if n_more == 20 else sizes # of a large one
+        if (*said, *sizes) != (e.flag_bits, e.compress_type, e.CRC, e.file_size, e.file_size): refuse('in front of its bytes stands another size or checksum',
+                name)
         at += 30 + n_name + n_more + e.file_size
         if at > start: refuse('longer than the file', name)
     if at != start or len(entries) != count:
@@ -493,7 +497,7 @@ def import_model(
     return out
 
 # %% ../nbs/84_exchange.ipynb #f870e256
-import contextlib, pickletools, reprlib, sys, tempfile, warnings
+import contextlib, io, pickletools, reprlib, sys, tempfile, warnings
 import numpy as np
 from fastcore.basics import patch
 from .network import v1_key_map, v1_residual_key_map, v2_key_map
@@ -722,14 +726,46 @@ def read_pickle(
                                                                expected=f"at most {MOST['json']}")
     return _Machine(file).run(file.read_bytes())
 
+# %% ../nbs/84_exchange.ipynb #acfd6bdf
+class _Careful(io.BufferedReader):
+    "A file of a stranger, which is never asked for more bytes at once than `most`: Python would make room for what a header promises"
+    def __init__(self, file):
+        super().__init__(io.FileIO(file))
+        self.size = self.most = os.fstat(self.fileno()).st_size
+
+    def read(self, n=-1):
+        if n is not None and n > self.most: raise ValueError(f'{n} bytes in a file of {self.size}')
+        return super().read(n)
+
+    def archive(self):
+        "The zip archive in it, whose list of members is as short as an honest one"
+        self.most = MOST['header']
+        found, self.most = zipfile.ZipFile(self), self.size
+        return found
+
+def _text_in(file, source):
+    "The object in a JSON file of a folder, which is measured before it is read"
+    size = file.stat().st_size
+    if size > MOST['json']: raise ExchangeError(f'{file.name} is too long', file=source, found=f'{size} bytes', expected=f"at most {MOST['json']}")
+    return _parse(file.read_bytes(), file.name, source)
+
+def _files_in(folder):
+    "The names of the files in a folder, six deep; a folder that several links lead to is looked at once"
+    found, seen = set(), {os.path.realpath(folder)}
+    for where, folders, files in os.walk(folder, followlinks=True):
+        place = Path(where).relative_to(folder)
+        folders[:] = [f for f in sorted(folders) if len(place.parts) < 6 and (real := os.path.realpath(Path(where, f))) not in seen and not seen.add(real)]
+        found |= {(place/f).as_posix() for f in files}
+    return found
+
 # %% ../nbs/84_exchange.ipynb #ea60b724
 class _Weights:
     "A checkpoint of torch that is open: `value` is what it holds, `tensor` reads one of its tensors"
     def __init__(self, file):
         self.file, self.machine = Path(file), _Machine(file)
-        self.handle = open(file, 'rb')
+        self.handle = _Careful(file)
         try: self._open()
-        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError, struct.error, ValueError) as error:
+        except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError, struct.error, ValueError, TypeError) as error:
             self.handle.close()
             if isinstance(error, SegnbError): raise
             self.machine.refuse('this is no checkpoint, or it is damaged', f'{type(error).__name__}: {error}', 'fetch the file again')
@@ -740,7 +776,7 @@ class _Weights:
         else: self._open_old(size)
 
     def _open_zip(self, size):
-        self.zip = zipfile.ZipFile(self.handle)
+        self.zip = self.handle.archive()
         entries = self.zip.infolist()
         if any(e.compress_type != zipfile.ZIP_STORED or e.flag_bits & 1 for e in entries) or sum(e.file_size for e in entries) > size:
             self.machine.refuse('a checkpoint does not pack its numbers', f'{sum(e.file_size for e in entries)} bytes in a file of {size}')
@@ -807,17 +843,18 @@ def _opened(source, beside):
     if not source.is_file(): raise ExchangeError('there is no such folder or archive', file=source)
     with tempfile.TemporaryDirectory(dir=beside, prefix='.official_') as folder:
         try:
-            with zipfile.ZipFile(source) as archive: _take_out(archive, Path(folder), source)
+            with _Careful(source) as file, file.archive() as archive: _take_out(archive, Path(folder), source, file.size)
         except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError, struct.error, ValueError, zlib.error) as error:
             if isinstance(error, SegnbError): raise
             raise ExchangeError('this is no archive, or it is damaged', file=source, found=str(error)[:200], fix='fetch the file again') from None
         yield Path(folder)
 
-def _take_out(archive, folder, source):
+def _take_out(archive, folder, source, size):
     "Check every name of an archive, then unpack those members that make models"
     def refuse(what, name): raise ExchangeError('this is no archive of models that can be trusted', file=source, found=f'{name[:100]!r}: {what}')
     entries, seen, wanted = archive.infolist(), set(), []
     if len(entries) > 100_000: refuse('more than 100000 members', f'{len(entries)}')
+    if sum(e.compress_size for e in entries) > size: refuse(f'members of more bytes than the {size} of the file', source.name) # they overlap
     for e in entries:
         name = e.orig_filename
         if not name or name != e.filename or re.search(r'[\x00-\x1f\\:*?"<>|]', name) or name.startswith('/') or {'', '.',
@@ -836,11 +873,12 @@ def _take_out(archive, folder, source):
     for e in wanted: archive.extract(e, folder)
 
 # %% ../nbs/84_exchange.ipynb #ace444c6
-def _models(folder, marker, kind, source):
+def _models(folder, marker, ending, source):
     "The folders of models in here: those with `marker` and checkpoints"
-    found = [f.parent for depth in range(5) for f in sorted(folder.glob('*/' * depth + marker)) if next(f.parent.glob(kind), None)]
-    if found: return found
-    raise ExchangeError('there is no model of nnU-Net here', file=source, expected=f'{marker} and {kind}',
+    names = sorted(map(PurePosixPath, _files_in(folder)), key=lambda n: (len(n.parts), n))
+    trained = {n.parent.parent for n in names if n.name.endswith(ending) and len(n.parts) > 1}
+    if found := [folder/n.parent for n in names if n.name == marker and n.parent in trained]: return found
+    raise ExchangeError('there is no model of nnU-Net here', file=source, expected=f'{marker} and */*{ending}',
                         fix='give the folder that holds both, or an archive with it')
 
 def _folds_of(folder, names, folds, source):
@@ -900,23 +938,6 @@ def _v1_stage(p, name, trainer, residual, batch_dice, full, whole):
         fields |= dict(pool_op_kernel_sizes=pools[1:], architecture='residual', blocks_per_stage_encoder=down, blocks_per_stage_decoder=up)
     return fields | {'network_options': options or None}
 
-# %% ../nbs/84_exchange.ipynb #40cae87e
-def _usual_preparation(name, source, *known):
-    if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source,
-                                                       found=str(name)[:100], expected=' or '.join(known))
-
-def _plausible(c, files, source):
-    "Refuse a plan whose network is larger than its checkpoint, before anything is built"
-    size = max(f.stat().st_size for kinds in files.values() for f in kinds.values())
-    blocks, least = sum(c.blocks_per_stage_encoder or ()) + sum(c.blocks_per_stage_decoder or ()), 4 * sum(n * n * math.prod(k) for n,
-        k in zip(c.features_per_stage, c.conv_kernel_sizes))
-    if max(least, 100 * blocks) > size: raise ExchangeError('the weights are too few for the network of the plan', file=source, found=f'{size} bytes',
-                                                            expected=f'at least {max(least, 100 * blocks)}')
-
-def _dataset_name(folder):
-    "TaskXXX_Name or DatasetXXX_Name, if a folder above is called so"
-    return next((p.name for p in (folder, *folder.parents) if re.fullmatch(r'(Task|Dataset)\d{3}_[\w-]+', p.name, re.ASCII)), '')
-
 # %% ../nbs/84_exchange.ipynb #26edad1e
 def _v1_configurations(info, p, residual, whole):
     "The name of the trained configuration, and the configurations of the plan"
@@ -958,6 +979,22 @@ def _v1_plans(p, name, configurations, labels, source):
                  use_mask_for_norm=[bool(p['use_mask_for_norm'][c]) and schemes[c] not in ('CT', 'CT2') for c in range(n)], intensities=_v1_statistics(p))
 
 # %% ../nbs/84_exchange.ipynb #fe96eca0
+def _usual_preparation(name, source, *known):
+    if name not in (None, *known): raise ExchangeError('the model was trained on images that were prepared in another way', file=source,
+                                                       found=str(name)[:100], expected=' or '.join(known))
+
+def _plausible(c, files, source):
+    "Refuse a plan whose network is larger than its checkpoint, before anything is built"
+    size = max(f.stat().st_size for kinds in files.values() for f in kinds.values())
+    blocks, least = sum(c.blocks_per_stage_encoder or ()) + sum(c.blocks_per_stage_decoder or ()), 4 * sum(n * n * math.prod(k) for n,
+        k in zip(c.features_per_stage, c.conv_kernel_sizes))
+    if max(least, 100 * blocks) > size: raise ExchangeError('the weights are too few for the network of the plan', file=source, found=f'{size} bytes',
+                                                            expected=f'at least {max(least, 100 * blocks)}')
+
+def _dataset_name(folder):
+    "TaskXXX_Name or DatasetXXX_Name, if a folder above is called so"
+    return next((p.name for p in (folder, *folder.parents) if re.fullmatch(r'(Task|Dataset)\d{3}_[\w-]+', p.name, re.ASCII)), '')
+
 def _v1_labels(p, trainer, dataset, regions):
     "The part of dataset.json about labels: from the user, of a known trainer, or numbers for names"
     if dataset is not None: return {k: v for k, v in (dataset if isinstance(dataset, dict) else read_json(dataset)).items() if k in ('labels',
@@ -1004,7 +1041,7 @@ def _v1_model(folder, source, folds, dataset, regions, whole):
         warnings.warn(f'its answers were resampled with force_separate_z={forced}; segnb decides that by the spacing, and a few voxels may differ',
                       ExchangeWarning, stacklevel=5)
     rule = folder/'postprocessing.json'
-    rule = Postprocessing.load(rule) if rule.is_file() and _parse(rule.read_bytes(), rule.name, source) else None
+    rule = Postprocessing.load(rule) if rule.is_file() and _text_in(rule, source) else None
     return _Official(plans, name, dataset, found, tensors, [] if 'noMirroring' in said['trainer'] else list(range(c.dimensions)), said, rule)
 
 # %% ../nbs/84_exchange.ipynb #44ce8aa7
@@ -1127,7 +1164,7 @@ def _v2_plans(p, name, dataset, labels, trainer, source):
 def _v2_model(folder, source, folds):
     "Translate a folder of v2"
     found = _folds_of(folder, _V2_FILES, folds, source)
-    p, dataset = (_parse((folder/name).read_bytes(), name, source) if (folder/name).is_file() else {} for name in ('plans.json', 'dataset.json'))
+    p, dataset = (_text_in(folder/name, source) if (folder/name).is_file() else {} for name in ('plans.json', 'dataset.json'))
     if not dataset: raise ExchangeError('dataset.json is missing', file=source)
     with _Weights(next(iter(next(iter(found.values())).values()))) as w: state = w.value
     try:
@@ -1266,7 +1303,7 @@ def load_nnunet_v1(
     overwrite:bool=False, # Replace what is there
 )->Path:                  # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of a model that nnU-Net v1 trained, without running any of its code; raises `ExchangeError`, and then nothing is written"
-    return _convert(folder, out, checkpoints, overwrite, models, 'plans.pkl', '*/*.model', lambda place: _v1_model(place, folder, folds, dataset,
+    return _convert(folder, out, checkpoints, overwrite, models, 'plans.pkl', '.model', lambda place: _v1_model(place, folder, folds, dataset,
         regions, not repair))
 
 # %% ../nbs/84_exchange.ipynb #a830ffd9
@@ -1280,18 +1317,44 @@ def load_nnunet_v2(
     overwrite:bool=False, # Replace what is there
 )->Path:                  # Folder of the configuration; of several: a folder with one for each
     "Make an ordinary model folder of a model that nnU-Net v2 trained, without running any of its code; raises `ExchangeError`, and then nothing is written"
-    return _convert(folder, out, checkpoints, overwrite, models, 'plans.json', '*/*.pth', lambda place: _v2_model(place, folder, folds))
+    return _convert(folder, out, checkpoints, overwrite, models, 'plans.json', '.pth', lambda place: _v2_model(place, folder, folds))
+
+# %% ../nbs/84_exchange.ipynb #a3c5bcfc
+def model_kind(
+    path, # A file of `export_model`, or a folder or zip archive with models that nnU-Net has trained
+)->str:   # 'segnb file', 'nnU-Net v1' or 'nnU-Net v2'
+    "Say what a model from elsewhere is, by the names of its files alone; raises `ExchangeError`, which says what is there instead"
+    path = Path(path)
+    names, is_file = _names(path), path.is_file()
+    def has(pattern): return any(re.search(rf'(?:^|/)(?:{pattern})$', n) for n in names)
+    v1, v2, plans = has(r'plans\.pkl'), has(r'[^/]+\.pth'), has(r'plans\.(?:pkl|json)')
+    if is_file and 'manifest.json' in names: return 'segnb file'
+    if v1 != (v2 and has(r'plans\.json')): return 'nnU-Net v1' if v1 else 'nnU-Net v2'
+    if v1: found, fix = 'models of nnU-Net v1 and of v2', 'give the folder of one of them'
+    elif is_file and has(r'data\.pkl'): found, fix = 'one checkpoint of torch, without its plan', 'give the folder of the model'
+    elif plans and has(r'fold_\w+/checkpoint_\w+\.pt'):
+        found, fix = 'a model folder of segnb' + ' in an archive' * is_file, 'unpack it, and use it as it is' if is_file else 'use it as it is'
+    elif plans or has(r'[^/]+\.(?:model|pth)'):
+        found, fix = 'a plan without checkpoints' if plans else 'checkpoints without a plan', 'give the folder that holds both'
+    else: found, fix = ', '.join(sorted(names)[:5]) or 'nothing', None
+    raise ExchangeError('there is no model of nnU-Net here, nor a file of segnb', file=path, found=found[:300],
+                        expected='a file of export-model; or plans.pkl and fold_*/*.model (v1), plans.json and fold_*/*.pth (v2)', fix=fix)
+
+def _names(path):
+    "The names of the files in a folder, or of the members of an archive"
+    if path.is_dir(): return _files_in(path)
+    if not path.is_file(): raise ExchangeError('there is no such folder or archive', file=path)
+    try:
+        with _Careful(path) as file, file.archive() as archive: return {e.filename for e in archive.infolist()}
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, UnicodeError, struct.error, ValueError) as error:
+        raise ExchangeError('this is no archive, or it is damaged', file=path, found=str(error)[:200], fix='fetch the file again') from None
 
 def load_nnunet(
     folder,    # As `load_nnunet_v1` and `load_nnunet_v2` take it
     out=None,  # The folder to make; None: beside `folder`, with `_segnb` behind its name
     **options, # Of `load_nnunet_v1` or `load_nnunet_v2`
 )->Path:       # Folder of the configuration; of several: a folder with one for each
-    "Make an ordinary model folder of an official model, v1's if it has a plans.pkl, else v2's; raises `ExchangeError`"
-    folder = Path(folder)
-    try: names = [e.filename for e in zipfile.ZipFile(folder).infolist()] if folder.is_file() else [p.name
-        for depth in range(5) for p in folder.glob('*/' * depth + 'plans.pkl')]
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: raise ExchangeError('this is no archive, or it is damaged',
-        file=folder, found=str(error)[:200]) from None
-    first = any(n.rpartition('/')[2] == 'plans.pkl' for n in names)
-    return (load_nnunet_v1 if first else load_nnunet_v2)(folder, out, **options)
+    "Make an ordinary model folder of an official model, whichever version trained it; raises `ExchangeError`"
+    kind = model_kind(folder)
+    if kind == 'segnb file': raise ExchangeError('this is a file of export-model, not of nnU-Net', file=folder, fix='import_model reads it')
+    return (load_nnunet_v1 if kind == 'nnU-Net v1' else load_nnunet_v2)(folder, out, **options)

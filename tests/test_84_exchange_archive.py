@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segnb.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
-from segnb.exchange import ExchangeError, describe_model, export_model, import_model
+from segnb.exchange import ExchangeError, describe_model, export_model, import_model, model_kind
 from segnb.labels import Labels
 from segnb.network import build_network
 from segnb.planning import Configuration, Plans
@@ -351,6 +351,28 @@ HOSTILE = {
     'backwards': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [16, 0]}}, bytes(16))), 'shape of texts': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': ['4'], 'data_offsets': [0, 16]}}, bytes(16))), 'many axes': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [1] * 10**4, 'data_offsets': [0, 4]}}, bytes(4))),
     'other shape': weights(lambda w: w.update({KERNEL: w[KERNEL][:2].contiguous()})), 'other kind': weights(lambda w: w.update({KERNEL: w[KERNEL].half()})), 'one more': weights(lambda w: w.update(extra=torch.zeros(1))), 'one less': weights(lambda w: w.pop(KERNEL)),
     'nan': weights(lambda w: w[KERNEL].fill_(float('nan'))), 'infinity': weights(lambda w: w[KERNEL].view(-1)[3:4].fill_(float('inf'))), 'numbers of another network': weights(lambda w: w.update({k + '.x': w.pop(k) for k in list(w)})),
+    # lists of tensors
+    'a tensor twice': replaced(W, tensor_file(b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}', bytes(4))),
+    'a key of a tensor twice': replaced(W, tensor_file(b'{"a": {"dtype": "F32", "shape": [1], "shape": [2], "data_offsets": [0, 4]}}', bytes(4))),
+    'two tensors of the same bytes': replaced(W, tensor_file({n: {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]} for n in 'ab'}, bytes(16))),
+    'negative offsets': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [-16, 0]}}, bytes(16))), 'offsets of 2**64': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [2**64 - 16, 2**64]}}, bytes(16))),
+    'fractions as offsets': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [0., 16.]}}, bytes(16))), 'one offset': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [16]}}, bytes(16))),
+    'nothing of a huge shape': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [0, 2**62], 'data_offsets': [0, 0]}})), 'a shape of truths': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [True, 4], 'data_offsets': [0, 16]}}, bytes(16))),
+    'metadata that is no text': replaced(W, tensor_file({'__metadata__': {'a': [1]}, KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, bytes(16))), 'only metadata': replaced(W, tensor_file({'__metadata__': {}})),
+    'a list of lists': replaced(W, tensor_file(b'[[]]')), 'a tensor that is a text': replaced(W, tensor_file({KERNEL: 'F32'}, bytes(16))), 'bytes behind the tensors': replaced(W, tensor_file({KERNEL: {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, bytes(20))),
+    # two readings of one archive: what stands in front of a member differs from the list
+    'another checksum in front': first_header(14, 7, 4), 'another size in front': first_header(22, 7, 4), 'packed in front': first_header(8, 8, 2), 'encrypted in front': first_header(6, 1, 2), 'sizes behind the bytes': first_header(6, 8, 2),
+    'a size of 64 bits that is missing': first_header(18, 2**64 - 1, 8), 'another checksum in the list': first_listed(16, 7, 4), 'packed in the list': first_listed(10, 8, 2), 'a comment in the list': first_listed(32, 4, 2),
+    'fields in the list that do not end': first_listed(30, 60000, 2), 'another disk in the list': lambda m: first_listed(42, 2**32 - 1, 4)(m),
+    'a list in 64 bits that is not there': lambda m: (lambda b: b[:-22] + b'PK\x06\x07' + bytes(16) + b[-22:])(packed(m)),
+    'a list in 64 bits that lies': lambda m: (lambda b: b[:-22] + struct.pack('<4sQ2H2I4Q', b'PK\x06\x06', 44, 45, 45, 0, 0, 2**40, 2**40, 2**50, 2**50) + struct.pack('<4sIQI', b'PK\x06\x07', 0, len(b) - 22, 1) + b[-22:])(packed(m)),
+    'the good file inside another': lambda m: packed({'model.segnb': packed(m)}), 'the good file as a member': lambda m: packed(honest({**m, 'fold_0/record.json': packed(m)})), 'an archive as weights': replaced(W, packed({'a': b'b'})),
+    # names that look like others
+    'a Cyrillic letter': added('pl\u0430ns.json'), 'wide letters': added('\uff50lans.json'), 'an accent beside its letter': added('fold_0/re\u0301cord.json'), 'a long s': added('plan\u017f.json'), 'no width': added('plans\u200b.json'), 'a dot at the end': added('plans.json.'),
+    'a space at the end': added('plans.json '), 'a stream beside it': added('plans.json:evil'), 'digits of another script': added('fold_\u0661/record.json'),
+    # numbers that are none
+    'a plan of NaN': lambda m: packed(honest({**m, 'plans.json': m['plans.json'].replace(b'3.0', b'NaN')})), 'a plan of infinity': lambda m: packed(honest({**m, 'plans.json': m['plans.json'].replace(b'3.0', b'1e999')})),
+    'a manifest of NaN': lambda m: packed({**m, 'manifest.json': m['manifest.json'].replace(b'{', b'{"cases": NaN,', 1)}), 'a plan of many digits': lambda m: packed(honest({**m, 'plans.json': m['plans.json'].replace(b'3.0', b'9'*4000)})),
     # plans that ask for too much
     'a million features': lambda m: packed(with_plan(m, base_num_features=10**6, max_num_features=10**9)), 'a kernel of a million': lambda m: packed(with_plan(m, conv_kernel_sizes=[[999999] * 3] * 2)),
     'a billion blocks': lambda m: packed(with_plan(m, architecture='residual', blocks_per_stage_encoder=[10**9, 1], blocks_per_stage_decoder=[1])), 'thousand stages': lambda m: packed(with_plan(m, pool_op_kernel_sizes=[[1] * 3] * 1000, conv_kernel_sizes=[[3] * 3] * 1001, base_num_features=1, max_num_features=1)),
@@ -395,6 +417,31 @@ def test_every_byte_matters(tiny, tmp_path):
                 one, other = (load_checkpoint(f/f'fold_{fold}'/'checkpoint_final.pt') for f in (tiny.model, out))
                 assert all(torch.equal(v, other['network'][k]) for k, v in one['network'].items()) and one['plans'] == other['plans']
             shutil.rmtree(out)
+
+
+def test_scores_may_be_none(tiny, tmp_path):
+    "A score that is not defined is NaN in the texts of results: only texts whose numbers are used must hold numbers"
+    (tmp_path/'m.segnb').write_bytes(packed(honest({**tiny.members, 'cross_validation.json': b'{"cases": {"smith": {"1": {"dice": NaN}}}}'})))
+    assert np.isnan(read_json(import_model(tmp_path/'m.segnb', tmp_path/'out')/'cross_validation.json')['cases']['smith']['1']['dice'])
+
+
+def test_a_file_is_known_by_what_is_in_it(tiny, tmp_path):
+    shutil.copy(tiny.file, tmp_path/'model.zip')
+    assert model_kind(tiny.file) == model_kind(tmp_path/'model.zip') == 'segnb file'
+    with pytest.raises(ExchangeError, match='a model folder of segnb; .*use it as it is'): model_kind(tiny.model)
+    (tmp_path/'inside.zip').write_bytes(packed({'model.segnb': tiny.file.read_bytes()}))
+    with pytest.raises(ExchangeError, match='found model.segnb'): model_kind(tmp_path/'inside.zip')
+
+
+def test_members_of_many_gigabytes_say_their_size_in_64_bits(tiny, tmp_path, monkeypatch):
+    "As zipfile writes them; here the limit is a kilobyte, so that a small model is large"
+    monkeypatch.setattr(zipfile, 'ZIP64_LIMIT', 1000)
+    export_model(tiny.model, tmp_path/'m.segnb')
+    raw = (tmp_path/'m.segnb').read_bytes()
+    assert b'\xff'*8 in raw[:100] and np.array_equal(answer(import_model(tmp_path/'m.segnb', tmp_path/'out'))[1], answer(tiny.model)[1])
+    at = raw.index(b'\xff'*8) + 8 + 4 + len('plans.json') + 4                                     # what stands in 64 bits in front of the first member
+    (tmp_path/'lies.segnb').write_bytes(raw[:at] + struct.pack('<Q', 7) + raw[at + 8:])
+    with pytest.raises(ExchangeError, match='another size or checksum'): import_model(tmp_path/'lies.segnb', tmp_path/'lies')
 
 
 def test_missing_files_are_named(tmp_path):

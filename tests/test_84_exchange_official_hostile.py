@@ -1,12 +1,12 @@
 "Files that mean harm, in the shape of official models: each is refused by name, nothing is run, nothing is written"
-import json, os, pickle, pickletools, re, shutil, zipfile
+import io, json, os, pickle, pickletools, re, shutil, struct, zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from segnb.exchange import ExchangeError, load_nnunet, load_nnunet_v1, load_nnunet_v2, read_pickle
+from segnb.exchange import ExchangeError, load_nnunet, load_nnunet_v1, load_nnunet_v2, model_kind, read_pickle
 from segnb.image import SegnbError
 
 OFFICIAL = Path(__file__).parent/'recorded'/'official'
@@ -242,7 +242,7 @@ PLANS = {
     'v2: a list': ('v2_2d', text_of_plans('[]'), 'a list at the top'), 'v2: empty': ('v2_2d', text_of_plans('{}'), 'no plan of nnU-Net v2'), 'v2: a number of a thousand digits': ('v2_2d', text_of_plans('{"a": ' + '9'*10000 + '}'), 'cannot be trusted'),
     'v2: no data set': ('v2_2d', lambda folder: (folder/'dataset.json').unlink(), 'dataset.json is missing'), 'v2: labels that are none': ('v2_2d', lambda folder: (folder/'dataset.json').write_text('{"labels": 3, "channel_names": {}}'), 'labels'),
     'v2: the stage before itself': ('v2_2d', plans_v2(lambda p, c: c.update(previous_stage='2d')), 'no plan of nnU-Net v2|previous'),
-    'v2: a median of infinity': ('v2_2d', plans_v2(lambda p, c: c.update(median_image_size_in_voxels=[1e400, 1])), 'no plan of nnU-Net v2')}
+    'v2: a median of infinity': ('v2_2d', plans_v2(lambda p, c: c.update(median_image_size_in_voxels=[1e400, 1])), 'the number Infinity')}
 
 
 @pytest.mark.parametrize('name', PLANS)
@@ -376,3 +376,245 @@ def test_forced_separate_resampling_is_said(model, tmp_path):
     folder = model('v1_2d')
     plans_v1(lambda i: i['plans'].update(segmentation_export_params={'force_separate_z': True, 'interpolation_order': 1, 'interpolation_order_z': 0}))(folder)
     with pytest.warns(UserWarning, match='force_separate_z=True'): load_nnunet(folder, tmp_path/'out')
+
+
+# ---- names that look like others, calls of what is allowed with what it does not expect, states of objects
+def _call(name, *arguments):
+    "A pickle that calls `name`; arguments as pickles without their end"
+    module, _, name = name.rpartition('.')
+    return f'c{module}\n{name}\n'.encode() + b'(' + b''.join(arguments) + b't'
+def _value(v): return pickle.dumps(v, protocol=1)[:-1]
+
+F4 = _call('numpy.dtype', _value('f4')) + b'R'
+ARRAY = _call('numpy.core.multiarray._reconstruct', b'cnumpy\nndarray\n', _value((0,)), _value('b')) + b'R'
+CALLS = {
+    'a Cyrillic letter in a module': (b'\x80\x04' + _text('c\u043ellections') + _text('OrderedDict') + b'\x93.', 'llections.OrderedDict'), 'the same in an old pickle': ('cc\u043ellections\nOrderedDict\n.'.encode(), 'cannot be read'),
+    'a Greek letter in a name': (b'\x80\x04' + _text('numpy') + _text('dtyp\u03b5') + b'\x93.', 'numpy.dtyp'), 'wide letters': (b'\x80\x04' + _text('\uff4e\uff55mpy') + _text('dtype') + b'\x93.', 'mpy.dtype'),
+    'an accent beside its letter': (b'\x80\x04' + _text('builtins') + _text('se\u0301t') + b'\x93.', 'builtins.se'),
+    'a mark that turns the line': (b'\x80\x04' + _text('builtins') + _text('‮tes') + b'\x93.', 'builtins.'), 'a zero behind the name': (b'\x80\x04' + _text('builtins') + _text('set\x00') + b'\x93.', 'builtins.set'),
+    'a line break in the name': (b'\x80\x04' + _text('numpy') + _text('dtype\n') + b'\x93.', 'numpy.dtype'), 'a name that the old one hides': (b'c__builtin__s\nset\n.', '__builtin__s|builtinss'),
+    'the old name of a module with more': (b'c__builtin__\neval\n.', 'builtins.eval'), 'an empty module': (b'c\ndtype\n.', 'the file asks for .dtype|cannot be read'),
+    'pairs that are none': (_call('collections.OrderedDict', b'I7\n') + b'R.', 'cannot be read'), 'pairs of three': (_call('collections.OrderedDict', _value([(1, 2, 3)])) + b'R.', 'cannot be read'),
+    'a dictionary with a list as key': (_call('collections.OrderedDict', b'](](I1\ne(I2\ntee'.replace(b'](](', b'](](')) + b'R.', 'as a key|cannot be read|cannot be filled'), 'a set of sets': (_call('builtins.set', b'](](ee') + b'R.', 'a list as a key'),
+    'a size of a number': (_call('torch.Size', b'I7\n') + b'R.', 'cannot be read'), 'a device of a list': (_call('torch.device', b']') + b'R.', 'cannot be read'), 'a device of ten thousand letters': (_call('torch.device', _text('a'*10_000)) + b'R.', 'the device'),
+    'an array with too few of its state': (ARRAY + b'(K\x01tb.', 'cannot be read'), 'an array with a dictionary as state': (ARRAY + b'}b.', 'cannot be read'), 'an array with slots': (ARRAY + b'(N}U\x01xK\x01stb.', 'cannot be read'),
+    'an array of another array': (ARRAY + b'(K\x01(K\x01t' + ARRAY + b'I00\nC\x04abcdtb.', 'cannot be read'), 'an array within itself': (ARRAY + b'q\x01(K\x01(K\x01t' + F4 + b'I00\nh\x01tb.', 'bytes made of'),
+    'numbers with parts': (F4 + b'(K\x03U\x01<(U\x01atNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb.', 'numbers that have parts'), 'numbers in an order that is none': (F4 + b'(K\x03K\x07NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb.', 'cannot be read'),
+    'numbers with slots': (F4 + b'(N}U\x04codeU\x01OstbN.', 'cannot be read'), 'a scalar of two numbers': (_call('numpy.core.multiarray.scalar', F4, b'C\x08abcdefgh') + b'R.', '8 bytes for an array'),
+    'the state of a tensor': (b'(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x01tQ}b.', 'makes an object'), 'the state of a list': (b']}b.', 'makes an object'), 'the state of a name': (b'cbuiltins\nset\n}b.', 'makes an object'),
+    'a tensor of a list': (_call('torch._utils._rebuild_tensor_v2', b']', b'K\x00', b')', b')') + b'R.', 'a tensor without numbers'),
+    'a tensor of more axes than strides': (_call('torch._utils._rebuild_tensor_v2', b'(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x01tQ', b'K\x00', b'K\x01\x85', b')') + b'R.', 'impossible shape'),
+    'a storage of negative length': (b'(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuJ\xff\xff\xff\xfftQ.', 'cannot be understood'), 'a storage of objects': (b'(U\x07storagecnumpy\nndarray\nU\x010U\x03cpuK\x01tQ.', 'cannot be understood'),
+    'a view of a storage': (b'(U\x07storagectorch\nFloatStorage\nU\x010U\x03cpuK\x01(U\x01aK\x00K\x01ttQ.', 'lies in another one'), 'a text filled as a list': (b'U\x01aK\x01a.', 'fills what cannot be filled'),
+    'a tuple filled as a list': (b')K\x01a.', 'fills what cannot be filled'), 'keys without values': (b'}(K\x01u.', 'cannot be read'), 'a set filled as a dictionary': (b'\x80\x04\x8fK\x01K\x02s.', 'fills what cannot be filled')}
+
+
+@pytest.mark.parametrize('name', CALLS)
+def test_calls_with_what_is_not_expected(guarded, name):
+    raw, words = CALLS[name]
+    (guarded/'plans.pkl').write_bytes(raw)
+    with pytest.raises(ExchangeError, match=words): read_pickle(guarded/'plans.pkl')
+    assert os.listdir(guarded) == ['plans.pkl']
+
+
+def test_a_memory_that_is_filled_without_end(guarded, monkeypatch):
+    "Two bytes a value that is kept: what can be kept is bounded by the words that are read"
+    import tracemalloc
+    import segnb.exchange as exchange
+    monkeypatch.setitem(exchange._ROOM, 'words', 100_000)
+    (guarded/'p').write_bytes(b'\x80\x04' + b'N\x94'*1_000_000 + b'.')
+    tracemalloc.start()
+    try:
+        with pytest.raises(ExchangeError, match='more than 100000 words'): read_pickle(guarded/'p')
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally: tracemalloc.stop()
+
+
+# ---- archives that lie: lists and headers that differ, members that overlap, archives in archives
+def raw_zip(members, listed=None):
+    "A zip archive by hand: members are (name, bytes) or (name, bytes, fields of the header in front, fields of the list)"
+    out, directory = b'', b''
+    for name, content, *lies in members:
+        front, back = (dict(lie) for lie in (*lies, {}, {})[:2])
+        encoded = name.encode()
+        usual = dict(flags=0, method=0, crc=__import__('zlib').crc32(content), packed=len(content), size=len(content), name=encoded, more=b'', at=len(out))
+        h, c = usual | front, usual | back
+        if not front.get('nothing'): out += struct.pack('<4s5H3I2H', b'PK\x03\x04', 20, h['flags'], h['method'], 0, 33, h['crc'], h['packed'], h['size'], len(h['name']), len(h['more'])) + h['name'] + h['more'] + content
+        directory += struct.pack('<4s6H3I5H2I', b'PK\x01\x02', 20, 20, c['flags'], c['method'], 0, 33, c['crc'], c['packed'], c['size'], len(c['name']), len(c['more']), 0, 0, 0, 0o100644 << 16, c['at']) + c['name'] + c['more']
+    n = len(members) if listed is None else listed
+    return out + directory + struct.pack('<4s4H2IH', b'PK\x05\x06', 0, 0, n & 0xffff, n & 0xffff, len(directory), len(out), 0)
+
+
+def zip64(size, packed): return struct.pack('<2H2Q', 1, 16, size, packed)
+def members_of(folder): return [(f'model/{f.relative_to(folder).as_posix()}', f.read_bytes()) for f in sorted(folder.rglob('*')) if f.is_file()]
+FILL = ('model/fold_3/model_best.model', b'x'*1000)
+LYING = {
+    'a terabyte in 64 bits': (lambda m: raw_zip([*m, (*FILL, {}, dict(size=0xffffffff, packed=0xffffffff, more=zip64(1 << 40, 1 << 40)))]), 'packed into|of more bytes than'),
+    'a terabyte of a thousand bytes': (lambda m: raw_zip([*m, (*FILL, {}, dict(size=0xffffffff, packed=1000, more=struct.pack('<2HQ', 1, 8, 1 << 40)))]), 'packed into'),
+    'more in 64 bits than there is': (lambda m: raw_zip([*m, (*FILL, {}, dict(size=0xffffffff, packed=0xffffffff, more=zip64(1 << 63, 1 << 63)))]), 'packed into|of more bytes than|damaged'),
+    'half a 64-bit field': (lambda m: raw_zip([*m, (*FILL, {}, dict(size=0xffffffff, packed=0xffffffff, more=b'\x01\x00\x10\x00\x00\x00'))]), 'no archive, or it is damaged'),
+    'another name in front': (lambda m: raw_zip([(n, c, dict(name=b'model/plans.PKL')) if n.endswith('/plans.pkl') else (n, c) for n, c in m]), 'no archive, or it is damaged'),
+    'a way out in front': (lambda m: raw_zip([(n, c, dict(name=b'../../plans.pkl')) if n.endswith('/plans.pkl') else (n, c) for n, c in m]), 'no archive, or it is damaged'),
+    'another checksum in the list': (lambda m: raw_zip([(n, c, {}, dict(crc=7)) if n.endswith('/plans.pkl') else (n, c) for n, c in m]), 'no archive, or it is damaged'),
+    'another way of packing in the list': (lambda m: raw_zip([(n, c, {}, dict(method=8)) if n.endswith('/plans.pkl') else (n, c) for n, c in m]), 'no archive, or it is damaged'),
+    'one that is read twice': (lambda m: raw_zip([*m, *((f'model/fold_{i}/model_best.model', m[-1][1], dict(nothing=True), dict(at=0)) for i in range(50, 60))]), 'of more bytes than|damaged'),
+    'a thousand that overlap': (lambda m: raw_zip([*m, FILL, *((f'model/fold_{i}/model_best.model', FILL[1], dict(nothing=True), dict(at=0)) for i in range(1000))]), 'of more bytes than|damaged'),
+    'a member beyond the end': (lambda m: raw_zip([*m, (*FILL, dict(nothing=True), dict(at=1 << 31))]), 'no archive, or it is damaged|of more bytes'),
+    'a list that says less': (lambda m: raw_zip(m, 1)[:-12] + struct.pack('<2IH', 10, 0, 0) + b'', 'no archive|damaged|no model'),
+    'only an archive inside': (lambda m: raw_zip([('model.zip', raw_zip(m))]), 'no model of nnU-Net'), 'an archive in an archive in an archive': (lambda m: raw_zip([('a.zip', raw_zip([('b.zip', raw_zip(m))]))]), 'no model of nnU-Net'),
+    'an archive as a plan': (lambda m: raw_zip([(n, raw_zip([('plans.pkl', c)]) if n.endswith('/plans.pkl') else c) for n, c in m]), ''), # it only marks the place: every checkpoint has its own plan
+    'an archive as the plan of a checkpoint': (lambda m: raw_zip([(n, raw_zip([('plans.pkl', c)]) if n.endswith('.model.pkl') else c) for n, c in m]), 'cannot be read'),
+    'a folder that is a file': (lambda m: raw_zip([*m, ('model/fold_0', b'x')]), ''), 'a file that is a folder': (lambda m: raw_zip([*m, ('model/plans.pkl/x', b'x')]), '')}
+
+
+@pytest.mark.parametrize('kind', LYING)
+def test_archives_that_lie(model, tmp_path, kind):
+    "Refused, or nothing of the lie is read"
+    folder, (make, words) = model('v1_2d'), LYING[kind]
+    file = tmp_path/'there'/'x.zip'
+    file.write_bytes(make(members_of(folder)))
+    if words: refused(file, words)
+    else: assert (load_nnunet(file, tmp_path/'out')/'fold_0').is_dir()
+
+
+def test_archives_by_hand_can_be_honest(model, tmp_path):
+    file = tmp_path/'there'/'x.zip'
+    members = members_of(model('v1_2d'))
+    file.write_bytes(raw_zip([*members, (*FILL[:1], FILL[1], {}, dict(size=0xffffffff, packed=0xffffffff, more=zip64(1000, 1000)))]))
+    with pytest.raises(ExchangeError, match='no such fold|checkpoint|plans'): load_nnunet(file, tmp_path/'out', folds=[7])
+    file.write_bytes(raw_zip(members))
+    assert (load_nnunet(file, tmp_path/'out')/'fold_0'/'checkpoint_final.pt').is_file()
+
+
+def test_a_list_of_a_million_members(tmp_path):
+    "Its entries would take a hundred times the memory of the file"
+    import tracemalloc
+    name, n = b'model/x', 400_000
+    one = struct.pack('<4s6H3I5H2I', b'PK\x01\x02', 20, 20, 0, 0, 0, 33, 0, 0, 0, len(name), 0, 0, 0, 0, 0, 0) + name
+    (tmp_path/'x.zip').write_bytes(one*n + struct.pack('<4s4H2IH', b'PK\x05\x06', 0, 0, 0xffff, 0xffff, len(one)*n, 0, 0))
+    tracemalloc.start()
+    try:
+        for read in (model_kind, load_nnunet_v1):
+            with pytest.raises(ExchangeError, match='damaged'): read(tmp_path/'x.zip')
+        assert tracemalloc.get_traced_memory()[1] < 60 << 20
+    finally: tracemalloc.stop()
+
+
+# ---- folders
+def test_links_that_lead_back(model):
+    "A folder with many links to itself is looked at once, and its models are found once"
+    folder = model('v1_2d')
+    for i in range(30): (folder/f'again_{i}').symlink_to(folder.parent, target_is_directory=True)
+    assert model_kind(folder) == 'nnU-Net v1' and (load_nnunet(folder, folder.parent.parent/'out')/'fold_0').is_dir()
+
+
+@pytest.mark.parametrize('version, name', [('v1_2d', 'plans.pkl'), ('v1_2d', 'fold_0/model_final_checkpoint.model'), ('v1_2d', 'fold_0/model_final_checkpoint.model.pkl'), ('v1_2d', 'postprocessing.json'),
+                                           ('v2_2d', 'plans.json'), ('v2_2d', 'dataset.json'), ('v2_2d', 'fold_0/checkpoint_final.pth')])
+@pytest.mark.parametrize('kind', ['a device', 'a pipe', 'nowhere', 'itself', 'a folder', 'another file'])
+def test_links_and_devices_in_place_of_files(model, version, name, kind, tmp_path):
+    "Nothing waits, nothing is read without end; what is no file is as good as missing"
+    folder = model(version)
+    (folder/name).unlink(missing_ok=True)
+    if kind == 'a pipe': os.mkfifo(folder/name)
+    elif kind == 'a folder': (folder/name).mkdir()
+    else: (folder/name).symlink_to({'a device': '/dev/zero', 'nowhere': tmp_path/'nowhere', 'itself': folder/name, 'another file': '/etc/passwd'}[kind])
+    if (name == 'plans.pkl' and kind != 'a folder') or (name == 'postprocessing.json' and kind != 'another file'): # the first only marks the place, the second is no must
+        assert (load_nnunet(folder, tmp_path/'out')/'fold_0'/'checkpoint_final.pt').is_file()
+        return
+    said = refused(folder, 'segnb|nnU-Net|missing|fold|read|file|trusted|checkpoint')
+    assert 'root:' not in said, 'the words of a file elsewhere are repeated'
+
+
+def test_texts_are_measured_before_they_are_read(model):
+    folder = model('v2_2d')
+    with open(folder/'dataset.json', 'r+b') as f: f.truncate(1 << 40)
+    refused(folder, 'dataset.json is too long')
+
+
+# ---- plans of numbers that are none
+def everywhere(value):
+    "Each place of the plan that holds a number, with `value` in it: {place: change}"
+    with zipfile.ZipFile(OFFICIAL/'v2_2d.zip') as archive: plans = json.loads(archive.read(next(n for n in archive.namelist() if n.endswith('plans.json'))))
+    def places(x, way=()):
+        if isinstance(x, dict): return [p for k, v in x.items() for p in places(v, (*way, k))]
+        if isinstance(x, list): return [p for i, v in enumerate(x) for p in places(v, (*way, i))]
+        return [way] if type(x) in (int, float) else []
+    return places(plans)
+
+
+@pytest.mark.parametrize('value', ['NaN', 'Infinity', '-Infinity', '1e999', '9'*4000, '-1', '"7"', 'null', '[[[]]]', '{"a": 1}', 'true', '1e308', '0'])
+def test_every_number_of_a_plan(model, value, tmp_path, monkeypatch):
+    "Refused, or a model that predicts without an error: never another exception, and numbers that are none always refused"
+    import segnb.exchange as exchange
+    monkeypatch.setattr(exchange, 'save_checkpoint', lambda state, file: file.touch())                # the weights are checked, not written
+    folder, passed = model('v2_2d'), []
+    text = (folder/'plans.json').read_text()
+    for place in everywhere(value):
+        plans = json.loads(text)
+        inner = plans
+        for key in place[:-1]: inner = inner[key]
+        inner[place[-1]] = 'HERE'
+        (folder/'plans.json').write_text(json.dumps(plans).replace('"HERE"', value))
+        try: load_nnunet(folder, tmp_path/'out', overwrite=True)
+        except SegnbError: continue
+        passed.append(place)
+    if value in ('NaN', 'Infinity', '-Infinity', '1e999'): assert not passed
+
+
+# ---- checkpoints of before torch 1.6
+def old(value, keys, storages=(), magic=0x1950a86a20f9469cfc6c, protocol=1001, info=None):
+    "The five pickles and the numbers behind them"
+    info = {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {'short': 2, 'int': 4, 'long': 4}} if info is None else info
+    return b''.join(p if isinstance(p, bytes) else pickle.dumps(p, 2) for p in (magic, protocol, info, value, keys)) + b''.join(storages)
+
+def of_one(count, size=(4,)):
+    "A dictionary with one tensor in the storage '0', which says that it has `count` numbers"
+    return (b'\x80\x02}U\nstate_dict}U\x01w' + b'ctorch._utils\n_rebuild_tensor_v2\n((U\x07storagectorch\nFloatStorage\nU\x010U\x03cpu' + pickle.dumps(count, 2)[2:-1] + b'NtQK\x00'
+            + pickle.dumps(size, 2)[2:-1] + b'(K\x01tN' + b'Nt' + b'R' + b'ss.')
+FOUR = struct.pack('<q', 4) + bytes(16)
+OLD = {
+    'honest': (old(of_one(4), ['0'], [FOUR]), None), 'a count of a billion': (old(of_one(1 << 30), ['0'], [struct.pack('<q', 1 << 30) + bytes(16)]), 'cut off'), 'a count of 2**39': (old(of_one(1 << 39), ['0'], [struct.pack('<q', 1 << 39)]), 'cut off'),
+    'a negative count': (old(of_one(-4), ['0'], [FOUR]), 'cannot be understood'), 'another count in front': (old(of_one(4), ['0'], [struct.pack('<q', 5) + bytes(20)]), 'cut off, or damaged'),
+    'no keys': (old(of_one(4), None, [FOUR]), 'no checkpoint, or it is damaged'), 'a number as keys': (old(of_one(4), 7, [FOUR]), 'no checkpoint, or it is damaged'), 'a text as keys': (old(of_one(4), '0', [FOUR]), None),
+    'a key twice': (old(of_one(4), ['0', '0'], [FOUR]), 'cut off|damaged'), 'a key of nobody': (old(of_one(4), ['0', '1'], [FOUR, FOUR]), 'nothing asks for'), 'keys of keys': (old(of_one(4), [['0']], [FOUR]), 'nothing asks for'),
+    'no numbers': (old(of_one(4), ['0']), 'cut off'), 'keys that are missing': (old(of_one(4), [], [FOUR]), 'missing or damaged'), 'keys that call': (old(of_one(4), touch(2), [FOUR]), 'posix.system|nt.system'),
+    'a shape of more': (old(of_one(4, (5,)), ['0'], [FOUR]), 'more numbers than there are'), 'a shape of negative numbers': (old(of_one(4, (-1,)), ['0'], [FOUR]), 'impossible shape'),
+    'information that is a list': (old(of_one(4), ['0'], [FOUR], info=[1]), 'no checkpoint of torch'), 'a magic text': (old(of_one(4), ['0'], [FOUR], magic='x'), 'no checkpoint of torch'),
+    'another version': (old(of_one(4), ['0'], [FOUR], protocol=1e300), 'no checkpoint of torch'), 'bytes of an impossible length': (b'\x80\x02\x8e' + b'\xff'*6 + b'\x00\x00.', 'cannot be read|damaged')}
+
+
+@pytest.mark.parametrize('name', OLD)
+def test_old_checkpoints_by_hand(tmp_path, name):
+    import tracemalloc
+    from segnb.exchange import _Weights
+    raw, words = OLD[name]
+    (tmp_path/'x.model').write_bytes(raw)
+    tracemalloc.start()
+    try:
+        if words is None:
+            with _Weights(tmp_path/'x.model') as w: assert torch.equal(w.tensor(w.value['state_dict']['w']), torch.zeros(4))
+        else:
+            with pytest.raises(ExchangeError, match=words):
+                with _Weights(tmp_path/'x.model') as w: w.tensor(w.value['state_dict']['w'])
+        assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    finally: tracemalloc.stop()
+
+
+# ---- what is it?
+KINDS_OF_FILES = {
+    'v1 zip': (lambda t, v1, v2: OFFICIAL/'v1_plain.zip', 'nnU-Net v1'), 'v2 zip': (lambda t, v1, v2: OFFICIAL/'v2_cascade.zip', 'nnU-Net v2'), 'v1 folder': (lambda t, v1, v2: v1, 'nnU-Net v1'), 'v2 folder': (lambda t, v1, v2: v2, 'nnU-Net v2'),
+    'above it': (lambda t, v1, v2: v2.parent, 'nnU-Net v2'), 'both': (lambda t, v1, v2: Path(shutil.copytree(v2, v1/'v2')).parent, 'found models of nnU-Net v1 and of v2'), 'nothing': (lambda t, v1, v2: (t/'e').mkdir() or t/'e', 'found nothing'),
+    'nowhere': (lambda t, v1, v2: t/'x', 'no such folder or archive'), 'a fold alone': (lambda t, v1, v2: v2/'fold_0', 'checkpoints without a plan'), 'a plan alone': (lambda t, v1, v2: Path(shutil.copy(v2/'plans.json', (t/'p').mkdir() or t/'p')).parent, 'a plan without checkpoints'),
+    'a checkpoint alone': (lambda t, v1, v2: next(v2.glob('fold_0/*.pth')), 'one checkpoint of torch, without its plan'), 'a pickle': (lambda t, v1, v2: v1/'plans.pkl', 'no archive'), 'a text': (lambda t, v1, v2: v2/'dataset.json', 'no archive'),
+    'an empty file': (lambda t, v1, v2: (t/'e').touch() or t/'e', 'no archive'), 'the folder of segnb': (lambda t, v1, v2: load_nnunet(v2, t/'made'), 'found a model folder of segnb'),
+    'the folder of segnb, packed': (lambda t, v1, v2: shutil.make_archive(str(t/'a'), 'zip', load_nnunet(v2, t/'made')), 'a model folder of segnb in an archive'), 'a pipe': (lambda t, v1, v2: os.mkfifo(t/'f') or t/'f', 'no such folder or archive')}
+
+
+@pytest.mark.parametrize('kind', KINDS_OF_FILES)
+def test_what_is_it(model, tmp_path, kind):
+    make, wanted = KINDS_OF_FILES[kind]
+    path = make(tmp_path, model('v1_2d').rename(tmp_path/'one'), model('v2_2d'))
+    if wanted in ('nnU-Net v1', 'nnU-Net v2'): assert model_kind(path) == model_kind(str(path)) == wanted
+    else:
+        for ask in (model_kind, load_nnunet):
+            with pytest.raises(ExchangeError, match=wanted): ask(path)
