@@ -112,8 +112,8 @@ def serving(model, folder, *options):
         yield address
     finally:
         process.terminate()
-        try: process.wait(20)
-        except subprocess.TimeoutExpired: process.kill()
+        try: process.wait(60)
+        except subprocess.TimeoutExpired: process.kill(); process.wait()
         log.close()
 
 
@@ -177,7 +177,7 @@ def test_it_is_alive_while_it_predicts_and_says_when_it_is_full(service):
     assert set(codes) <= {200, 503} and codes.count(200) >= 4 and any(s['busy'] for s in seen)
     full = [j.result() for j in jobs if j.result().status_code == 503]
     assert all('Retry-After' in r.headers and 'waiting' in r.json()['error'] for r in full)
-    assert httpx.get(f'{service[0]}/health').json() == {'status': 'ok', 'free_places': 4, 'busy': False}
+    assert httpx.get(f'{service[0]}/health', timeout=60).json() == {'status': 'ok', 'free_places': 4, 'busy': False}
 
 
 def nifti(shape=(4, 8, 8), kind=16, bits=32, voxels=None, spacing=(1, 1, 1)):
@@ -277,19 +277,21 @@ def test_broken_requests_leave_it_alive(service):
     raw(address, 'POST /predict HTTP/1.1\nHost: x\nContent-Length: 1000\nContent-Type: multipart/form-data; boundary=x\n\n', [b'--x\r\n'], wait=1) # hangs up
     many = httpx.post(f'{address}/predict', files=[(f'channel_{i}', ('a.nii.gz', b'x')) for i in range(40)], timeout=60)
     assert many.status_code == 400 and 'error' in many.json()
-    assert httpx.get(f'{address}/nothing').json() == {'error': 'Not Found'} and httpx.get(f'{address}/predict').status_code == 405
-    assert httpx.get(f'{address}/health').json()['free_places'] == 4
+    assert httpx.get(f'{address}/nothing', timeout=60).json() == {'error': 'Not Found'} and httpx.get(f'{address}/predict', timeout=60).status_code == 405
+    assert httpx.get(f'{address}/health', timeout=60).json()['free_places'] == 4
 
 
 def test_the_page_is_whole(service):
     import httpx
-    page = httpx.get(service[0])
+    page = httpx.get(service[0], timeout=60)
     assert page.status_code == 200 and 'default-src' in page.headers['content-security-policy']
     assert not re.search(r'(src|href)="?https?:', page.text) # nothing from elsewhere
-    assert httpx.get(f'{service[0]}/model').json()['channels'] == ['CT']
+    assert httpx.get(f'{service[0]}/model', timeout=60).json()['channels'] == ['CT']
 
 
 def test_nothing_is_kept(service):
+    until = time.monotonic() + 60
+    while len(list(service[1].iterdir())) > 1 and time.monotonic() < until: time.sleep(.1) # who hung up is noticed a moment later
     assert [f.name for f in service[1].iterdir()] == ['service.log']
     assert 'Traceback' not in (service[1]/'service.log').read_text()
 
