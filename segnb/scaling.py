@@ -44,13 +44,15 @@ def job_levels(
     "Order jobs by what they wait for; raises `JobError`"
     names = [j.name for j in jobs]
     if twice := sorted({n for n in names if names.count(n) > 1}): raise JobError('two jobs have one name', found=', '.join(twice))
-    if odd := [n for n in names if not re.fullmatch(r'[\w.+-]+', n)]: raise JobError('a job needs a name that can name a file', found=odd[0], expected='letters, digits, dots, dashes')
+    if odd := [n for n in names if not re.fullmatch(r'[\w.+-]+', n)]: raise JobError('a job needs a name that can name a file', found=odd[0],
+                                                                                     expected='letters, digits, dots, dashes')
     levels = {}
     while len(levels) < len(jobs):
         ready = [j for j in jobs if j.name not in levels and all(a in levels for a in j.after)]
         if not ready:
             lost = sorted({a for j in jobs for a in j.after} - set(names))
-            raise JobError('a job waits for one that does not exist' if lost else 'jobs wait for each other in a circle', found=', '.join(lost or sorted(set(names) - set(levels))))
+            raise JobError('a job waits for one that does not exist' if lost else 'jobs wait for each other in a circle',
+                           found=', '.join(lost or sorted(set(names) - set(levels))))
         levels |= {j.name: 1 + max((levels[a] for a in j.after), default=-1) for j in ready}
     return levels
 
@@ -68,7 +70,8 @@ def training_jobs(
     "Plan the trainings of a cross-validation"
     workspace, resources = Path(workspace).absolute(), dict(gpus=1, cpus=8, memory_gb=32., hours=48.) | resources
     data, where, jobs = _preprocessed(dataset, workspace), ('-w', str(workspace)), []
-    if preprocess: jobs.append(Job('preprocess', ('segnb', 'preprocess', dataset, *where, '-c', *configurations), cpus=resources['cpus'], memory_gb=resources['memory_gb']))
+    if preprocess: jobs.append(Job('preprocess', ('segnb', 'preprocess', dataset, *where, '-c', *configurations), cpus=resources['cpus'],
+                                   memory_gb=resources['memory_gb']))
     previous = _previous_stages(data, configurations)
     for name in sorted(configurations, key=lambda c: c in previous): # first stages first
         after = [j.name for j in jobs if j.name == 'preprocess' or j.name.startswith(f'train-{previous.get(name)}-')]
@@ -78,7 +81,8 @@ def training_jobs(
                             tuple(str(folder/f) for f in ('checkpoint_final.pt', *(() if '--no-validation' in options else ('validation/summary.json',)))),
                             str(folder/'record.json'), ('--continue',), **resources))
     if select and 'all' not in list(folds) and '--no-validation' not in options:
-        jobs.append(Job('select', ('segnb', 'select', dataset, *where, '-c', *configurations, '-f', *map(str, folds)), tuple(j.name for j in jobs if j.name.startswith('train-')),
+        jobs.append(Job('select', ('segnb', 'select', dataset, *where, '-c', *configurations, '-f', *map(str, folds)),
+                        tuple(j.name for j in jobs if j.name.startswith('train-')),
                         (str(workspace/'models'/data.name/'selection.json'),), **resources | {'hours': 12., 'nodes': 1}))
     return jobs
 
@@ -87,8 +91,11 @@ def _preprocessed(dataset, workspace):
     "The folder with the plan of a data set"
     base = workspace/'preprocessed'
     there = [f for f in (sorted(base.iterdir()) if base.is_dir() else []) if (f/'plans.json').exists()]
-    found = [f for f in there if f.name == Path(dataset).name or dataset.isdigit() and (m := re.match(r'(?:Task|Dataset)(\d+)_', f.name)) and int(m[1]) == int(dataset)]
-    if len(found) != 1: raise JobError(f"{'several plans' if found else 'no plan'} for '{dataset}'", file=base, found=', '.join(f.name for f in found or there) or 'nothing', fix='run segnb plan first, and give the name of the data set')
+    found = [f for f in there if f.name == Path(dataset).name or dataset.isdigit() and (m := re.match(r'(?:Task|Dataset)(\d+)_', f.name))
+             and int(m[1]) == int(dataset)]
+    if len(found) != 1: raise JobError(f"{'several plans' if found else 'no plan'} for '{dataset}'", file=base,
+                                       found=', '.join(f.name for f in found or there) or 'nothing',
+                                       fix='run segnb plan first, and give the name of the data set')
     return found[0]
 
 def _previous_stages(data, configurations):
@@ -112,9 +119,12 @@ def prediction_jobs(
     source, out, model = (Path(p).absolute() for p in (source, out, model))
     if num_parts < 1: raise JobError('cases are divided into at least one part', found=num_parts)
     cases, ending = _cases(source, model)
-    if num_parts > len(cases): raise JobError('there are more parts than cases', file=source, found=f'{num_parts} parts, {len(cases)} cases', fix='plan fewer parts')
-    return [Job(f'predict-{k}', ('segnb', 'predict', '-i', str(source), '-o', str(out), '-m', str(model), '--part-id', str(k), '--num-parts', str(num_parts), *map(str, options)), (),
-                tuple(str(out/f'{c}{ending}') for c in cases[k::num_parts]), **dict(gpus=1, cpus=4, memory_gb=16., hours=12.) | resources) for k in range(num_parts)]
+    if num_parts > len(cases): raise JobError('there are more parts than cases', file=source, found=f'{num_parts} parts, {len(cases)} cases',
+                                              fix='plan fewer parts')
+    return [Job(f'predict-{k}', ('segnb', 'predict', '-i', str(source), '-o', str(out), '-m', str(model), '--part-id', str(k), '--num-parts', str(num_parts),
+                                 *map(str, options)), (),
+                tuple(str(out/f'{c}{ending}') for c in cases[k::num_parts]), **dict(gpus=1, cpus=4, memory_gb=16., hours=12.) | resources)
+                for k in range(num_parts)]
 
 def plan_jobs(
     what:str,   # 'train' or 'predict'
@@ -129,9 +139,9 @@ def plan_jobs(
 def _cases(source, model):
     "Cases of a folder of images in their order, and the ending of the label maps"
     from segnb.planning import Plans
-    from segnb.prediction import _cases_of
+    from segnb.prediction import cases_to_predict
     ending = read_json(model/'dataset.json').get('file_ending')
-    return list(_cases_of(source, Plans.load(model/'plans.json'), ending)), ending or '.nii.gz'
+    return list(cases_to_predict(source, Plans.load(model/'plans.json'), ending)), ending or '.nii.gz'
 
 # %% ../nbs/85_scaling.ipynb #43068c6a
 def load_jobs(
@@ -142,8 +152,10 @@ def load_jobs(
     try:
         jobs = [Job(**{k: tuple(v) if isinstance(v, list) else v for k, v in one.items()}) for one in found['jobs']]
         for j in jobs:
-            if not (j.command and isinstance(j.command, tuple) and all(isinstance(w, str) for w in (j.name, *j.command))): raise TypeError(f'{j.name}: {j.command!r} is no list of words')
-    except (TypeError, KeyError, AttributeError) as e: raise JobError('these are no jobs', file=Path(folder)/'jobs.json', found=str(e), fix='plan them again') from None
+            if not (j.command and isinstance(j.command, tuple)
+                    and all(isinstance(w, str) for w in (j.name, *j.command))): raise TypeError(f'{j.name}: {j.command!r} is no list of words')
+    except (TypeError, KeyError, AttributeError) as e: raise JobError('these are no jobs', file=Path(folder)/'jobs.json', found=str(e),
+                                                                      fix='plan them again') from None
     return jobs
 
 def job_states(
@@ -167,7 +179,8 @@ def job_states(
 def _works(jobs):
     "{name: digest of a job's command and of all that went into it}"
     levels, found = job_levels(jobs), {}
-    for j in sorted(jobs, key=lambda j: levels[j.name]): found[j.name] = hashlib.sha256(repr((j.command, sorted(found[a] for a in j.after))).encode()).hexdigest()[:16]
+    for j in sorted(jobs, key=lambda j: levels[j.name]): found[j.name] = hashlib.sha256(repr((j.command, sorted(found[a]
+        for a in j.after))).encode()).hexdigest()[:16]
     return found
 
 def _note(folder, job):
@@ -206,7 +219,8 @@ def run_job(
     if states[job.name] == 'done':
         say(f'{job.name} is done already')
         return 0
-    if early := [a for a in job.after if states[a] != 'done']: raise JobError('a job must wait for others', case=job.name, found=', '.join(f'{a} is {states[a]}' for a in early), fix='run those first')
+    if early := [a for a in job.after if states[a] != 'done']: raise JobError('a job must wait for others', case=job.name,
+                                                                              found=', '.join(f'{a} is {states[a]}' for a in early), fix='run those first')
     with _only_runner(folder, job) as lock:
         if not lock: raise JobError('the job is running already', case=job.name, found=f"on {_note(folder, job).get('host', 'another machine')}")
         if _note(folder, job).get('state') == 'done' and job_states(folder, jobs)[job.name] == 'done': # another runner was faster
@@ -281,7 +295,8 @@ def _torchrun(words, nodes, per_node, head, port=29500, identity='segnb', python
 def _head(env):
     "The first node of this SLURM job, where the processes meet"
     nodes = env.get('SLURM_JOB_NODELIST')
-    if not nodes: raise JobError('a job for several nodes runs under SLURM only', found='no SLURM_JOB_NODELIST', fix='start the line of torchrun_line on each node')
+    if not nodes: raise JobError('a job for several nodes runs under SLURM only', found='no SLURM_JOB_NODELIST',
+                                 fix='start the line of torchrun_line on each node')
     return subprocess.run(['scontrol', 'show', 'hostnames', nodes], capture_output=True, text=True, check=True).stdout.split()[0]
 
 # %% ../nbs/85_scaling.ipynb #8f94ec43
@@ -348,7 +363,8 @@ def write_slurm(
 )->Path:                 # submit.sh
     "Write jobs, array scripts and submit.sh; jobs that are done stay done when their commands are the same"
     folder = check_writable(folder).absolute()
-    if any(o.split('=')[0] in ('--array', '--output', '--dependency') for o in options): raise JobError('this option of sbatch is ours', found=' '.join(options))
+    if any(o.split('=')[0] in ('--array', '--output', '--dependency') for o in options): raise JobError('this option of sbatch is ours',
+        found=' '.join(options))
     groups, scripts = _groups(jobs), {}
     jobs = [j for group in groups for j in group] # the numbers of an array are neighbours
     for old in folder.glob('[0-9][0-9]*_*.sh'): old.unlink()
@@ -358,8 +374,11 @@ def write_slurm(
         name = os.path.commonprefix([j.name for j in group]).strip('-_.') or 'jobs'
         scripts[f'{nth:02d}_{name}.sh'] = group
         first, more = jobs.index(group[0]), ''.join(f'#SBATCH {o}\n' for o in (*([f'--gpus-per-node={group[0].gpus}'] if group[0].gpus else []), *options))
-        _script(folder/f'{nth:02d}_{name}.sh', _ARRAY.format(name=f'segnb-{name}', array=_span(range(first, first + len(group))) + (f'%{at_once}' if at_once else ''), nodes=group[0].nodes, cpus=group[0].cpus,
-                memory=math.ceil(group[0].memory_gb*1000), more=more, minutes=math.ceil(group[0].hours*60), grace=grace, names=', '.join(j.name for j in group), folder=shlex.quote(str(folder)),
+        _script(folder/f'{nth:02d}_{name}.sh', _ARRAY.format(name=f'segnb-{name}',
+                                                             array=_span(range(first, first + len(group))) + (f'%{at_once}' if at_once else ''),
+                                                             nodes=group[0].nodes, cpus=group[0].cpus,
+                memory=math.ceil(group[0].memory_gb*1000), more=more, minutes=math.ceil(group[0].hours*60), grace=grace,
+                names=', '.join(j.name for j in group), folder=shlex.quote(str(folder)),
                 setup=setup or '# modules and environments go here (setup=)', python=shlex.quote(str(python)), requeues=requeues))
     return _submit(folder, jobs, scripts, python, at_once)
 
@@ -367,7 +386,8 @@ def write_slurm(
 def _groups(jobs):
     "Jobs of one level with the same needs and the same kind, in order"
     levels, groups = job_levels(jobs), {}
-    for j in sorted(jobs, key=lambda j: levels[j.name]): groups.setdefault((levels[j.name], j.name.split('-')[0], j.gpus, j.cpus, j.memory_gb, j.hours, j.nodes), []).append(j)
+    for j in sorted(jobs, key=lambda j: levels[j.name]): groups.setdefault((levels[j.name], j.name.split('-')[0], j.gpus, j.cpus, j.memory_gb, j.hours,
+                                                                            j.nodes), []).append(j)
     return list(groups.values())
 
 def _span(numbers):
@@ -388,7 +408,8 @@ def _submit(folder, jobs, scripts, python, at_once):
     text = _SUBMIT.format(folder=shlex.quote(str(folder)), python=shlex.quote(str(python)))
     for script, group in scripts.items():
         awaited = [f"id_{s.split('_')[0]}" for s, g in scripts.items() if {j.name for j in g} & {a for j in group for a in j.after}]
-        text += _ONE.format(script=shlex.quote(script), id=f"id_{script.split('_')[0]}", waits=''.join(f'${{{i}:+:${i}}}' for i in awaited) or "''", limit=f'%{at_once}' if at_once else '')
+        text += _ONE.format(script=shlex.quote(script), id=f"id_{script.split('_')[0]}", waits=''.join(f'${{{i}:+:${i}}}' for i in awaited) or "''",
+                            limit=f'%{at_once}' if at_once else '')
     return _script(folder/'submit.sh', text)
 
 # %% ../nbs/85_scaling.ipynb #f2d0c42f
@@ -414,7 +435,8 @@ def show_jobs(
     states, lines = job_states(folder, jobs), []
     for i, job in enumerate(jobs):
         note = _note(folder, job)
-        lines.append(f"{i:4d}  {states[job.name]:<11}  {job.name}" + (f"  ({note['seconds']} s, attempt {note['attempts']}, {note['host']})" if 'seconds' in note else ''))
+        lines.append(f"{i:4d}  {states[job.name]:<11}  {job.name}"
+                     + (f"  ({note['seconds']} s, attempt {note['attempts']}, {note['host']})" if 'seconds' in note else ''))
     count = {s: list(states.values()).count(s) for s in dict.fromkeys(states.values())}
     return '\n'.join([*lines, ', '.join(f'{n} {s}' for s, n in count.items())])
 
@@ -429,13 +451,15 @@ def run_jobs(
     "Run what is not done by the array scripts, here; raises `JobError` with the jobs that failed"
     folder, running, tries = Path(folder).absolute(), {}, {}
     jobs, slots = load_jobs(folder), list(devices or [None]*n_at_once)[:n_at_once]
-    if n_at_once < 1 or len(slots) < n_at_once: raise JobError('each job that runs at once needs a device', found=f'{n_at_once} at once, {len(devices or ())} devices')
+    if n_at_once < 1 or len(slots) < n_at_once: raise JobError('each job that runs at once needs a device',
+                                                               found=f'{n_at_once} at once, {len(devices or ())} devices')
     with tqdm(total=len(jobs), desc='jobs', unit='job', file=sys.stderr, disable={True: None, False: True}.get(progress, False)) as bar:
         try:
             while True:
                 states = job_states(folder, jobs)
                 bar.n = list(states.values()).count('done'); bar.set_postfix_str(', '.join(jobs[i].name for i in running))
-                ready = [i for i, j in enumerate(jobs) if i not in running and all(states[a] == 'done' for a in j.after) and _may_run(states[j.name], tries.get(i, 0), retries)]
+                ready = [i for i, j in enumerate(jobs) if i not in running and all(states[a] == 'done' for a in j.after)
+                         and _may_run(states[j.name], tries.get(i, 0), retries)]
                 while ready and slots:
                     i = ready.pop(0)
                     tries[i] = tries.get(i, 0) + 1
@@ -514,9 +538,13 @@ def dask_client(
             try:
                 if file and not Path(where).exists(): raise ValueError('there is no such file') # Dask would wait for it
                 if not (local or file or ':' in str(where)): raise ValueError('this is no address')
-                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True, dashboard_address='127.0.0.1:0', silence_logs=40)) if local else None
-                where = stack.enter_context(Client(cluster) if local else Client(scheduler_file=str(where), timeout=30) if file else Client(str(where), timeout=30))
-            except (OSError, ValueError) as e: raise JobError('no Dask scheduler answers', found=f'{where}: {str(e).splitlines()[0]}', expected='local, local:4, tcp://host:8786, or a scheduler file', fix='start one: dask scheduler') from e
+                cluster = stack.enter_context(LocalCluster(n_workers=_processes(local[1]), threads_per_worker=1, processes=True,
+                                                           dashboard_address='127.0.0.1:0', silence_logs=40)) if local else None
+                where = stack.enter_context(Client(cluster) if local else Client(scheduler_file=str(where), timeout=30) if file
+                                            else Client(str(where), timeout=30))
+            except (OSError, ValueError) as e: raise JobError('no Dask scheduler answers', found=f'{where}: {str(e).splitlines()[0]}',
+                                                              expected='local, local:4, tcp://host:8786, or a scheduler file',
+                                                              fix='start one: dask scheduler') from e
         yield stack.enter_context(use_executor(where))
 
 def _processes(text):
@@ -575,7 +603,8 @@ def estimate_scale(
     machines:Machines=Machines(), # What there is
 )->list:                       # A dict for each number of cases
     "Foresee disk, hours, and what limits, for data sets of any size"
-    return [_scale(n, shape, channels, resampled, patch, batch, epochs, folds, configurations, mirror, rates, machines) for n in (n_cases if isinstance(n_cases, (list, tuple, range)) else [n_cases])]
+    return [_scale(n, shape, channels, resampled, patch, batch, epochs, folds, configurations, mirror, rates, machines)
+            for n in (n_cases if isinstance(n_cases, (list, tuple, range)) else [n_cases])]
 
 # %% ../nbs/85_scaling.ipynb #91a10834
 def _windows(shape, patch, step=.5):
@@ -596,7 +625,8 @@ def _scale(n, shape, channels, resampled, patch, batch, epochs, folds, configura
     disk = n*raw*channels*rates.raw_bytes/1e9 + preprocessed
     reading = wanted*(1 - cached)
     limit = 'disk' if disk > m.disk_gb else 'disk speed' if reading > rates.disk_mb_s else max(hours, key=hours.get)
-    return dict(cases=n, disk_gb=disk, files=n*(channels + 2 + 4*configurations), **{f'{k}_hours': v for k, v in hours.items()}, hours=sum(hours.values()), seen=epochs*250*batch/max(1, train),
+    return dict(cases=n, disk_gb=disk, files=n*(channels + 2 + 4*configurations), **{f'{k}_hours': v for k, v in hours.items()}, hours=sum(hours.values()),
+                seen=epochs*250*batch/max(1, train),
                 windows=windows, cached=cached, read_mb_s=reading, limit=limit)
 
 # %% ../nbs/85_scaling.ipynb #72faba77

@@ -49,7 +49,8 @@ def slurm(tmp_path, monkeypatch):
     bin = tmp_path/'bin'
     bin.mkdir()
     tools = {'sbatch': SBATCH, 'scontrol': '#!/bin/sh\n[ "$1" = requeue ] && touch "$FALSE_SLURM/requeue" || { echo localhost; echo localhost; }\n',
-             'srun': '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == --nodes=* ]] && n=${1#--nodes=}; shift; done\nfor k in $(seq $n); do "$@" & p="$p $!"; done\ns=0; for q in $p; do wait $q || s=1; done; exit $s\n'}
+             'srun': '#!/bin/bash\nwhile [[ "$1" == --* ]]; do [[ "$1" == --nodes=* ]] && n=${1#--nodes=}; shift; done\nfor k in $(seq $n); do "$@" & p="$p '
+                     '$!"; done\ns=0; for q in $p; do wait $q || s=1; done; exit $s\n'}
     for name, text in tools.items():
         (bin/name).write_text(text)
         (bin/name).chmod(0o755)
@@ -77,7 +78,8 @@ def driver_of(jobs):
 
 def toys(folder, fails=''):
     "prepare, three folds, choose"
-    def one(name, after=()): return Job(name, sh(f"{'exit 3; ' if name == fails else ''}echo {name} >> {folder}/order; echo x > {folder}/{name}.made"), after, (str(folder/f'{name}.made'),))
+    def one(name, after=()): return Job(name, sh(f"{'exit 3; ' if name == fails else ''}echo {name} >> {folder}/order; echo x > {folder}/{name}.made"), after,
+                                        (str(folder/f'{name}.made'),))
     return [one('prepare'), *(one(f'fold-{k}', ('prepare',)) for k in range(3)), one('choose', tuple(f'fold-{k}' for k in range(3)))]
 
 def order(folder): return (folder/'order').read_text().split()
@@ -221,8 +223,10 @@ def test_two_runners_of_one_job(tmp_path):
 
 
 def test_another_command_makes_what_came_after_it_stale(tmp_path):
-    def plan(text, *more): return [Job('prepare', sh(f'echo {text} > {tmp_path}/p'), (), (f'{tmp_path}/p',)), Job('train', sh(f'cat {tmp_path}/p > {tmp_path}/t'), ('prepare',), (f'{tmp_path}/t',)),
-                                   Job('select', sh(f'cat {tmp_path}/t > {tmp_path}/s'), ('train',), (f'{tmp_path}/s',)), Job('aside', sh(f'echo x >> {tmp_path}/a')), *more]
+    def plan(text, *more): return [Job('prepare', sh(f'echo {text} > {tmp_path}/p'), (), (f'{tmp_path}/p',)),
+                                   Job('train', sh(f'cat {tmp_path}/p > {tmp_path}/t'), ('prepare',), (f'{tmp_path}/t',)),
+                                   Job('select', sh(f'cat {tmp_path}/t > {tmp_path}/s'), ('train',), (f'{tmp_path}/s',)),
+                                   Job('aside', sh(f'echo x >> {tmp_path}/a')), *more]
     for text, todo in (('one', [0, 1, 2, 3]), ('one', []), ('two', [0, 1, 2])):
         write_slurm(plan(text), tmp_path/'jobs')
         jobs = load_jobs(tmp_path/'jobs')
@@ -231,7 +235,8 @@ def test_another_command_makes_what_came_after_it_stale(tmp_path):
         assert (tmp_path/'s').read_text() == f'{text}\n', 'chosen from what another command had made'
     (tmp_path/'t').unlink() # the same command will make the same file: what was chosen stays
     assert [jobs[i].name for i in jobs_todo(tmp_path/'jobs')] == ['train']
-    for bad in ('[]', '{"jobs": "x"}', '{"jobs": [{"name": "a", "command": "rm"}]}', '{"jobs": [{"name": "a", "command": []}]}', '{"jobs": [{"name": 3, "command": ["x"]}]}'):
+    for bad in ('[]', '{"jobs": "x"}', '{"jobs": [{"name": "a", "command": "rm"}]}', '{"jobs": [{"name": "a", "command": []}]}',
+                '{"jobs": [{"name": 3, "command": ["x"]}]}'):
         (tmp_path/'jobs'/'jobs.json').write_text(bad)
         with pytest.raises(JobError, match='these are no jobs'): load_jobs(tmp_path/'jobs')
     write_slurm(plan('two'), tmp_path/'jobs')
@@ -329,7 +334,8 @@ def test_a_fold_killed_in_the_middle_goes_on_and_makes_what_one_run_makes(planne
 
 def test_one_training_over_two_nodes(planned, alone, tmp_path):
     workspace = Path(shutil.copytree(planned[1], tmp_path/'workspace'))
-    line = torchrun_line(f"segnb train 201 0 -w {workspace} {' '.join(map(str, QUICK))} --precision fp32 --no-validation -j 0", 2, 1, 'localhost', free_port(), 'two')
+    line = torchrun_line(f"segnb train 201 0 -w {workspace} {' '.join(map(str, QUICK))} --precision fp32 --no-validation -j 0", 2, 1, 'localhost', free_port(),
+                         'two')
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PATH': f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     nodes = [subprocess.Popen(line, shell=True, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
     said = [n.communicate(timeout=600)[0] for n in nodes]
@@ -338,7 +344,8 @@ def test_one_training_over_two_nodes(planned, alone, tmp_path):
 
 
 @bash
-@pytest.mark.skipif(not os.environ.get('SEGNB_SLOW'), reason='the line for two nodes runs in the test above, its words under SLURM in the chapter; SEGNB_SLOW=1 runs both together')
+@pytest.mark.skipif(not os.environ.get('SEGNB_SLOW'),
+                    reason='the line for two nodes runs in the test above, its words under SLURM in the chapter; SEGNB_SLOW=1 runs both together')
 def test_a_job_for_two_nodes_under_a_false_slurm(planned, alone, tmp_path, slurm, monkeypatch):
     workspace = Path(shutil.copytree(planned[1], tmp_path/'workspace'))
     jobs = plan_jobs('train', '201', workspace, folds=(0,), options=(*QUICK, '--precision', 'fp32', '--no-validation', '-j', 0), gpus=0, nodes=2, select=False)
