@@ -38,38 +38,42 @@ class CascadeError(SegnbError):
 def phantom_trunk(
     rng,                   # numpy Generator
     identifier:str='trunk',# Name of the case
+    alike:bool=True,       # False: the far gland is brighter, so that a look at the gland itself tells
 )->Case:                   # MR-like (1, Z, Y, X), 0 in air; labels near gland 1, far gland 2
-    "Make a long trunk with a bright plate at one end and two glands that look alike: only their distance to the plate tells them apart"
-    shape = tuple(int(n) for n in rng.integers((150, 66, 66), (159, 73, 73)))
+    "Make a trunk with a bright and a dark end and two glands that look alike: only what end lies nearer tells them apart"
+    shape = tuple(int(n) for n in rng.integers((116, 66, 66), (125, 71, 71)))
     mm = [np.arange(n, dtype=np.float32) for n in shape]
     p = np.meshgrid(*mm, indexing='ij', copy=False)
-    bottom, middle = rng.uniform(6, 14), rng.uniform(31, 36, 2)
-    radius = np.hypot(*((p[a] - middle[a - 1])/rng.uniform(26, 29) for a in (1, 2))) + .03*smooth_field(rng, mm, 40., 4)
-    body = (radius < 1) & (p[0] > bottom) & (p[0] < bottom + 136)
+    bottom, middle = rng.uniform(5, 9), rng.uniform(31, 35, 2)
+    radius = np.hypot(*((p[a] - middle[a - 1])/rng.uniform(27, 30) for a in (1, 2))) + .03*smooth_field(rng, mm, 40., 4)
+    body = (radius < 1) & (p[0] > bottom) & (p[0] < bottom + 108)
     def gland(z):
-        center = (bottom + z + rng.uniform(-3, 3), *(middle + rng.uniform(-5, 5, 2)))
-        return body & (blob(rng, p, center, rng.uniform(7.5, 9.5, 3), rough=.25, frequency=3.) > 0)
-    near, far = gland(54.), gland(82.)
+        center = (bottom + z + rng.uniform(-2, 2), *(middle + rng.uniform(-9, 9, 2)))
+        return body & (blob(rng, p, center, rng.uniform(5.5, 7.5, 3), rough=.35, frequency=3.) > 0)
+    near, far = gland(43.5), gland(64.5)
+    near &= ~far
     image = 300 + 25*smooth_field(rng, mm, 12., 10)
-    image[near | far] = 420
-    image[p[0] < bottom + rng.uniform(8, 11)] = 700
-    image = np.where(body, np.maximum(np.round(image + rng.normal(0, 45, shape)), 1), 0).astype(np.float32)[None]
+    image[near], image[far] = 420, 420 if alike else 520
+    image[p[0] < bottom + rng.uniform(9, 12)] = 700
+    image[p[0] > bottom + 108 - rng.uniform(9, 12)] = 60
+    image = np.where(body, np.maximum(np.round(image + rng.normal(0, 40, shape)), 1), 0).astype(np.float32)[None]
     label, turn = near + 2*far.astype(np.int16), slice(None, None, -1 if rng.random() < .5 else 1)
     geometry = Geometry((1., 1., 1.), (0., 0., 0.), (1., 0., 0., 0., 1., 0., 0., 0., 1.), shape)
     return Case(identifier, np.ascontiguousarray(image[:, turn]), np.ascontiguousarray(label[turn]), geometry, ())
 
 # %% ../nbs/80_cascade.ipynb #38f480e5
 def make_trunks(
-    folder,        # Where the task folder goes, for example `raw`
-    n_train:int=6, # Training cases
-    n_test:int=1,  # Test cases
-    seed:int=0,    # Another seed, other trunks
-)->Path:           # The task folder: Task104_PhantomTrunk
+    folder,          # Where the task folder goes, for example `raw`
+    n_train:int=6,   # Training cases
+    n_test:int=1,    # Test cases
+    seed:int=0,      # Another seed, other trunks
+    alike:bool=True, # As for `phantom_trunk`
+)->Path:             # The task folder: Task104_PhantomTrunk
     "Write a data set of long trunks in raw layout, the same for the same seed"
     folder = Path(folder)/'Task104_PhantomTrunk'
     names = [f'trunk_{i:03d}' for i in range(n_train + n_test)]
     for i, name in enumerate(names):
-        case, part = phantom_trunk(keyed_rng(seed, 'trunk', i), name), 'Tr' if i < n_train else 'Ts'
+        case, part = phantom_trunk(keyed_rng(seed, 'trunk', i), name, alike), 'Tr' if i < n_train else 'Ts'
         for kind in ('images', 'labels'): check_writable(folder/f'{kind}{part}')
         write_image(case.image[0].astype(np.int16), case.geometry, folder/f'images{part}'/f'{name}_0000.nii.gz')
         write_label_map(case.label, case.geometry, folder/f'labels{part}'/f'{name}.nii.gz')
