@@ -31,7 +31,8 @@ def find_raw(
     if len(found) == 1: return found[0]
     if found: raise UsageError(f"'{name}' means several data sets: {', '.join(str(f) for f in found)}. Give the folder.")
     there = sorted({f.name for f in known.values()})
-    raise UsageError(f"no data set '{name}': looked for {Path(name)/'dataset.json'} and in {', '.join(map(str, places))} (there: "
+    raise UsageError(f"no data set '{name}': looked for {Path(name)/'dataset.json'} and in "
+                     f"{', '.join(str(p) for p in places if p == places[0] or p.is_dir())} (there: "
                      f"{', '.join(there) or 'nothing'})")
 
 def _named(folder, name):
@@ -1489,7 +1490,8 @@ def import_model(
     if not source.exists(): raise UsageError(f'there is no {source}')
     kind = exchange.model_kind(source)
     foreign = [n for n in ('digest', 'folds', 'dataset', 'regions', 'repair') if options.get(n) and n not in _TAKES[kind]]
-    if foreign: raise UsageError(f"{source} is a {kind.replace('nnU-Net', 'model of nnU-Net')}, which takes no --{foreign[0]}")
+    if foreign: raise UsageError(f"{source} is a {kind.replace('nnU-Net', 'model of nnU-Net')}, which takes no --{foreign[0]}: "
+                                f"that is for {' and '.join(k for k, names in _TAKES.items() if foreign[0] in names)}")
     if kind != 'segnb file':
         if describe: raise UsageError(f'{source} is no file of segnb export-model, which alone describes itself; leave --describe out to import it')
         made = exchange.load_nnunet(source, out, overwrite=overwrite, **options, **({} if out else {'models': models}))

@@ -168,7 +168,8 @@ def test_scores_of_all_kinds_and_what_they_are_compared_with(ct, segnb, tmp_path
     said = succeeded(segnb('evaluate', *shared, '-o', tmp_path/'all.json', '--metrics', 'all', '--tolerance', 3, '--connectivity', 6, '--convention',
                            'absent=1', '--v1-summary', tmp_path/'v1.json'))
     result = json.loads((tmp_path/'all.json').read_text(encoding='utf-8'))
-    assert {'hd95', 'surface_dice', 'lesion_f1'} <= set(result['mean']['1']) and result['settings']['tolerance_mm'] == 3 and result['settings']['absent'] == 1 and 'hd95' in said
+    assert {'hd95', 'surface_dice', 'lesion_f1'} <= set(result['mean']['1']) and result['settings']['tolerance_mm'] == 3
+    assert result['settings']['absent'] == 1 and 'hd95' in said
     v1 = json.loads((tmp_path/'v1.json').read_text(encoding='utf-8'))
     assert abs(v1['results']['mean']['1']['Dice'] - result['mean']['1']['dice']) < 1e-9 and v1['results']['all'][0]['test'].startswith(str(worse))
     one = json.loads(succeeded(segnb('evaluate', *shared, '-o', tmp_path/'one.json', '-l', 1, '--cases', 'ct_001', '--json', '-')))
@@ -189,7 +190,8 @@ def test_the_whole_way_from_folds_to_a_chosen_prediction(pair, segnb, tmp_path):
     "select makes what is missing, and the lines it prints predict with the choice"
     name, where = pair.raw.name, ('-w', pair.workspace, '-f', 0)
     said = segnb('postprocess', 'determine', name, *where, '-q', '-j', 0, '--json', '-')
-    assert json.loads(succeeded(said))['postprocessing'] == json.loads((pair.model/'postprocessing.json').read_text(encoding='utf-8')) and (pair.model/'cross_validation.json').exists()
+    assert json.loads(succeeded(said))['postprocessing'] == json.loads((pair.model/'postprocessing.json').read_text(encoding='utf-8'))
+    assert (pair.model/'cross_validation.json').exists()
     answer = json.loads(succeeded(segnb('select', name, *where, *FEW, '--json', tmp_path/'answer.json'))
                         and (tmp_path/'answer.json').read_text(encoding='utf-8'))
     assert [c['name'] for c in answer['candidates']] == ['2d', '3d_fullres', '2d+3d_fullres'] and answer['chosen'] in said.stdout + answer['chosen']
@@ -247,7 +249,8 @@ def test_answers_for_programs_are_json_and_nothing_else(ct, segnb, tmp_path):
     assert json.loads((tmp_path/'findings.json').read_text(encoding='utf-8')) == json.loads(findings.stdout)
     shutil.copytree(ct.workspace, tmp_path, dirs_exist_ok=True)
     answer = json.loads(succeeded(segnb('train', ct.raw.name, 0, '-w', tmp_path, '--validation-only', '--continue', '--device', 'cpu', '-q', '--json', '-')))
-    assert answer['validation']['mean'] == json.loads((ct.fold/'validation'/'summary.json').read_text(encoding='utf-8'))['mean'] and answer['model'].endswith('3d_fullres')
+    assert answer['validation']['mean'] == json.loads((ct.fold/'validation'/'summary.json').read_text(encoding='utf-8'))['mean']
+    assert answer['model'].endswith('3d_fullres')
 
 
 def test_the_recorded_flags_of_v1_are_all_in_the_table():
@@ -267,7 +270,8 @@ def test_each_form_of_the_table_is_a_line_or_a_reason(v1, capsys):
 
 def test_a_line_of_v1_can_be_pasted(segnb):
     said = succeeded(segnb('v1', 'nnUNet_train', '3d_fullres', 'nnUNetTrainerV2', '4', '0', '--npz'))
-    assert said.splitlines()[0] == 'nnUNet_train: segnb train 4 0' and 'nnUNet_train_DP' not in said and '--save-probabilities' in said and '--find-lr' not in said
+    assert said.splitlines()[0] == 'nnUNet_train: segnb train 4 0' and 'nnUNet_train_DP' not in said and '--save-probabilities' in said
+    assert '--find-lr' not in said
     wrong = segnb('v1', 'nnUNet_predict', '-i', 'IN', '--foo')
     assert wrong.returncode == 2 and 'has no --foo' in wrong.stderr
 
@@ -291,5 +295,6 @@ def test_other_shells_get_a_script(shell, segnb):
 
 
 def test_the_help_loads_neither_torch_nor_pictures():
-    code = "import sys, contextlib, io\nfrom segnb.cli import main\nwith contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])\nprint([m for m in ('torch', 'scipy', 'matplotlib', 'numba', 'skimage', 'pandas', 'shtab', 'batchgenerators') if m in sys.modules])"
+    code = ("import sys, contextlib, io\nfrom segnb.cli import main\n"
+            "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(['--help'])\nprint([m for m in ('torch', 'scipy', 'matplotlib', 'numba', 'skimage', 'pandas', 'shtab', 'batchgenerators') if m in sys.modules])")
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == '[]'

@@ -9,7 +9,8 @@ from segnb.cli import main, parser
 
 QUIET = ('-q', '-j', 0, '--device', 'cpu')
 
-# Per line: which of its words is wrong and in what way. {gone}: nothing there; {file}: a file where a folder is meant; {folder}: a folder where a file is meant;
+# Per line: which of its words is wrong and in what way. {gone}: nothing there; {file}: a file where a folder is meant;
+# {folder}: a folder where a file is meant;
 # {empty}: an empty folder; {inside}: a path below a file, which nobody can write to; {out}: a fresh place; the others are good.
 LINES = '''
 plan {gone} -w {out}

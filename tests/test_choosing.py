@@ -130,6 +130,7 @@ def test_a_network_that_changed_is_asked_again_and_its_pair_made_anew(copy):
     one, other = ({c.name: c.dice for c in s.candidates} for s in (copy.selection, again))
     assert one['2d'] == other['2d'] and one['3d_fullres'] != other['3d_fullres']
     held_back = read_json(file.parent/'validation'/'summary.json')['cases']
+    assert again.predicted == {'3d_fullres': len(held_back)} # those that had an answer of the other network
     after = {f.name: f.stat().st_mtime_ns for f in (copy.models/'ensembles'/'2d+3d_fullres').glob('*.nii.gz')}
     assert all(after[f'{c}.nii.gz'] != before[f'{c}.nii.gz'] for c in held_back)
     cases = copy.selection.cases
