@@ -8,7 +8,7 @@ __all__ = ['INPUTS', 'OUTPUTS', 'TransferError', 'match_names', 'adapt_inputs', 
            'fine_tuning', 'begun_with']
 
 # %% ../nbs/83_transfer.ipynb #39bc9829
-import copy, dataclasses, fnmatch, hashlib, html, json, math, os, tempfile
+import copy, dataclasses, fnmatch, hashlib, html, json, math, os
 from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +102,7 @@ def _digest(weights):
         sha.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return sha.hexdigest()[:16]
 
-_BRING_IN = 'a model of nnU-Net itself is brought in first (segnb import-model, load_nnunet): name the folder that this makes'
+_BRING_IN = 'a model in one file, or of nnU-Net itself, is brought in first (segnb import-model): name the folder that this makes'
 
 def _tensors(file):
     "A state_dict from a file of torch or safetensors, without running code from it"
@@ -112,9 +112,9 @@ def _tensors(file):
             return load_file(file)
         found = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as error:
-        said, official = (str(error).splitlines() or [''])[0][:200], file.suffix in ('.model', '.pth', '.zip')
+        said, packed = (str(error).splitlines() or [''])[0][:200], file.suffix in ('.segnb', '.model', '.pth', '.zip')
         raise TransferError('the weights cannot be read safely', file=file, found='more than tensors' if 'Weights only' in said else said,
-                            expected='a state_dict in a .pt or .safetensors file', fix=_BRING_IN if official else None) from None
+                            expected='a state_dict in a .pt or .safetensors file', fix=_BRING_IN if packed else None) from None
     for key in ('network', 'network_weights', 'state_dict', 'model_state_dict', 'model'):
         if isinstance(found, dict) and isinstance(found.get(key), dict): found = found[key]
     return found
@@ -131,7 +131,7 @@ def _plain_names(weights, where):
 
 # %% ../nbs/83_transfer.ipynb #cde0b2c2
 def read_source(
-    source,                   # Model folder, fold folder, checkpoint, model file (.segnb), .pt or .safetensors file with a state_dict, or a state_dict
+    source,                   # Model folder, fold folder, checkpoint, .pt or .safetensors file with a state_dict, or a state_dict
     fold=None,                # Of a model folder; None: the first that is trained
     checkpoint:str='final',   # Of a folder: 'final', 'best' or 'latest'
 )->Source:
@@ -145,7 +145,6 @@ def read_source(
     file = Path(source)
     if not file.exists():
         raise TransferError('there is no such model', file=file, expected='a model folder, a checkpoint, or weights in a .pt or .safetensors file')
-    if file.suffix == '.segnb': return _from_model_file(file, fold)
     if file.is_dir(): file = _fold_file(file, fold, checkpoint)
     if not file.name.startswith('checkpoint_') or file.suffix == '.pth':
         weights = _plain_names(_tensors(file), file)
@@ -155,11 +154,6 @@ def read_source(
     labels, weights = Labels.from_dict(read_json(about), about) if about else None, _plain_names(state['network'], file)
     where = f"{plans.dataset_name or 'a model'} {state['configuration']}, fold {state['fold']}, {file.name} of epoch {state['epoch']}"
     return Source(weights, input_names(plans, state['configuration'], labels), output_names(labels) if labels else None, where, plans, _digest(weights))
-
-def _from_model_file(file, fold):
-    "The weights of a model that travels as one file, which is verified and unpacked for a moment; its networks are called final"
-    from segnb.exchange import import_model
-    with tempfile.TemporaryDirectory() as folder: return read_source(import_model(file, Path(folder)/file.stem), fold)
 
 _OFFICIAL = '*.model', 'checkpoint_*.pth', 'fold_*/*.model', 'fold_*/checkpoint_*.pth', '*/fold_*/*.model', '*/fold_*/checkpoint_*.pth' # of nnU-Net itself
 

@@ -383,14 +383,12 @@ def test_more_and_fewer_halvings_share_the_outer_levels():
         assert fates[FIRST] == fates['encoder.1.1.conv.weight'] == fates['heads.0.weight'] == 'taken' and (bool(told.unused) or told.count('left'))
 
 
-def test_a_model_in_one_file_is_a_source(two, tmp_path):
-    from segnb.exchange import ExchangeError, export_model
+def test_a_model_in_one_file_is_brought_in_first(two, tmp_path):
+    from segnb.exchange import export_model, import_model
     export_model(two.source, tmp_path/'mr.segnb')
-    one, other = read_source(tmp_path/'mr.segnb'), read_source(two.source)
+    with pytest.raises(TransferError, match='segnb import-model'): read_source(tmp_path/'mr.segnb')
+    one, other = read_source(import_model(tmp_path/'mr.segnb', tmp_path/'mr')), read_source(two.source)
     assert (one.digest, one.channels, one.outputs) == (other.digest, other.channels, other.outputs)
-    with pytest.raises(TransferError, match='of fold 3'): read_source(tmp_path/'mr.segnb', fold=3)
-    (tmp_path/'half.segnb').write_bytes((tmp_path/'mr.segnb').read_bytes()[:5000])
-    with pytest.raises(ExchangeError, match='cut off'): read_source(tmp_path/'half.segnb')
 
 
 def test_a_start_from_the_very_fold_that_is_trained_again(two, tmp_path):
@@ -444,3 +442,22 @@ def test_a_run_that_was_killed_before_its_first_save_begins_with_the_same_weight
     Trainer(two.target, tmp_path/'m', fold=0, **QUICK, **again).resume()
     assert again['callbacks'][0].transfer.digest == read_source(two.source).digest and begun_with(tmp_path/'m'/'fold_0') == {}
     assert begun_with(tmp_path/'nothing') == {}
+
+
+def test_what_the_chapter_says_of_near_and_far_is_in_the_record():
+    "Near, every seed from the network ends above every seed from nothing; far, below"
+    record = json.loads((ROOT/'tests'/'recorded'/'83_transfer.json').read_text())
+    pairs = {p['name']: p for p in record['pairs']}
+    assert list(pairs) == ['near', 'far'] and record['made']['command'].endswith('near far') and record['train_cases'] == 2
+    ends = {}
+    for name, p in pairs.items():
+        for arm in ('from nothing', 'pretrained', 'pretrained, gently'):
+            runs = [r for r in p['runs'] if r['arm'] == arm]
+            assert [r['seed'] for r in runs] == record['made']['seeds'] == [0, 1, 2]
+            assert all(len(r['patch_dice']) == record['target']['epochs'] and len(r['dice']) == 4 for r in runs)
+            ends[name, arm] = [np.nanmean(np.array(r['dice'], float)) for r in runs]
+    assert min(ends['near', 'pretrained']) > max(ends['near', 'from nothing']) and np.mean(ends['near', 'pretrained, gently']) > np.mean(ends['near', 'pretrained'])
+    assert max(ends['far', 'pretrained']) < min(ends['far', 'from nothing']) and np.mean(ends['far', 'pretrained, gently']) < np.mean(ends['far', 'from nothing'])
+    shared = {name: sum(a == b for a, b in p['channels']) for name, p in pairs.items()}
+    fates = pairs['far']['fates']
+    assert shared == {'near': 3, 'far': 0} and fates['taken'] > .95*sum(fates.values()) and not pairs['near']['misfits']   # taken says nothing of use

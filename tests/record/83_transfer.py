@@ -1,6 +1,6 @@
 """Record trainings that begin with the weights of another task beside trainings from nothing: what chapter 83 shows.
 
-With segnb's own environment, about a quarter of an hour on two free cores; what FOLDER holds already is not done again:
+With segnb's own environment, about half an hour on one core; what FOLDER holds already is not done again:
 
     python tests/record/83_transfer.py [FOLDER [near] [far]]
 """
