@@ -248,7 +248,8 @@ def _predicts(net, factory, how, patch_size):
     close = lambda a, b: torch.allclose(a, b, rtol=1e-3, atol=1e-4)
     problems = ['its answers lie between 0 and 1: give logits, of which loss and prediction make probabilities'] if ours.min() >= 0 and ours.max() <= 1 else []
     if other is net: problems.append('the factory gives the same module each time, so that folds and trials share their weights')
-    if not close(ours, twice): return [*problems, 'asked twice it answers otherwise: something is drawn or counted while it predicts, such as dropout that is never off']
+    if not close(ours, twice):
+        return [*problems, 'asked twice it answers otherwise: something is drawn or counted while it predicts, such as dropout that is never off']
     if not close(ours, again): problems.append('after saving and loading it answers otherwise: something is not in its state_dict, or is drawn anew')
     return problems + ([] if close(again[:1], alone) else ['its answer for a patch depends on the others of the batch'])
 
