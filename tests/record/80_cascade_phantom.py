@@ -1,6 +1,6 @@
 """Train a cascade and a full-resolution network alone on trunks whose glands only a far end tells apart, and on trunks where a look at the gland tells.
 
-Needs segnb's own environment; about three minutes of one CPU core for each of the two runs. Stopped, it goes on with the next call.
+Needs segnb's own environment; about three minutes of one CPU core for each of the three runs. Stopped, it goes on with the next call.
 Usage, from the project root: python tests/record/80_cascade_phantom.py [FOLDER [RUN ...]]      (with names of runs, such as alike_0: these only)
 Writes tests/recorded/80_cascade_phantom.npz. `about` (JSON): settings, batches, and of every run (phantom 'alike' or 'unlike', seed) the Dice of every
 test case, [near gland, far gland, both as one, near and far gland when only the largest piece of each is kept], by configuration; of the first test case of every run: `plane/RUN` (image, one plane) and the label maps
@@ -31,7 +31,7 @@ from segnb.training import Trainer
 from segnb.workers import read_json, write_json
 
 OUT = Path(__file__).resolve().parents[1]/'recorded'/'80_cascade_phantom.npz'
-RUNS = [(True, 0), (False, 0)] # (glands alike, seed)
+RUNS = [(True, 0), (False, 0), (True, 1)] # (glands alike, seed)
 TRAIN, TEST, GB, PLANNER = 64, 10, .003, dict(base_num_features=8)
 OPTIONS = dict(iterations=50, val_iterations=1, n_workers=0, optimizer='adamw', initial_lr=.004, device='cpu', progress=False)
 EPOCHS = {'3d_lowres': 20, '3d_cascade_fullres': 20, '3d_fullres': 60} # 20 + 20 + 20 = 60
