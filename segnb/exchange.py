@@ -913,8 +913,9 @@ _V1_REGIONS = {'labels': {'background': 0, 'whole tumor': [1, 2, 3], 'tumor core
                'regions_class_order': [1, 2, 3]} # of its BraTS trainers
 _V1_BLOCKS = {'_ReLU': dict(activation='relu'), '_Mish': dict(activation='mish'), '_GeLU': dict(activation='gelu'), '_BN': dict(norm='batch'),
               '_GN': dict(norm='group'), '_NoNormalization': dict(norm='none')}
+_V1_OTHERWISE = re.compile('_slope_|_convl?ReLUIN', re.I) # other slopes and orders under the usual names of tensors
 _V1_KNOWN = re.compile(r'nnUNetTrainer(V2)?(CascadeFullRes|BraTSRegions|_ResencUNet|_noMirroring|_DDP|_DP|_fp16|_fp32|_BN|_ReLU|_Mish|_GeLU|_GN'
-                       r'|_NoNormalization|_insaneDA|_DA3|_DA5|_noDataAugmentation'
+                       r'|_NoNormalization|_allConv3x3|_SimonsInit|_insaneDA|_DA3|_DA4|_DA5|_BD|_noDataAugmentation|_lr\d+en\d+'
                        r'|_Loss_\w+|_focalLoss|_SGD\w*|_Adam\w*|_Ranger\w*|_warmup|_momentum\w*|_cycleAtEnd|_fullEvals|_independentScalePerAxis'
                        r'|_noDeepSupervision|_softDeepSupervision|_\d*epochs|_Dice)*')
 
@@ -1002,7 +1003,7 @@ def _v1_labels(p, trainer, dataset, regions):
     if regions is not None: return {'labels': {'background': 0, **{k: list(v) for k, v in regions.items()}},
                                     'regions_class_order': [min(v) for v in regions.values()]}
     if not 0 < int(p['num_classes']) <= 32767: raise ValueError(f"{p['num_classes']} classes")
-    if 'BraTSRegions' in trainer and '_BN' not in trainer: return _V1_REGIONS
+    if 'BraTSRegions' in trainer and trainer != 'nnUNetTrainerV2BraTSRegions_BN': return _V1_REGIONS # that one ends in a softmax
     return {'labels': {'0': 'background', **{str(i + 1): f'label {i + 1}' for i in range(int(p['num_classes']))}}}
 
 def _v1_read(file, folder, dataset, regions, whole, source):
@@ -1029,6 +1030,9 @@ def _v1_model(folder, source, folds, dataset, regions, whole):
             raise ExchangeError(f'fold {fold} was trained with another plan than the others', file=source, found=other[2],
                                 fix='read the folds one by one: folds=...')
     _usual_preparation(p.get('preprocessor_name'), source, 'GenericPreprocessor', 'PreprocessorFor2D')
+    if _V1_OTHERWISE.search(said['trainer']):
+        raise ExchangeError('the network of this trainer computes otherwise than its tensors tell', file=source, found=said['trainer'][:100],
+                            expected='leaky slopes of 0.01, and a norm before the nonlinearity')
     if not _V1_KNOWN.fullmatch(said['trainer']):
         warnings.warn(f"{said['trainer'][:100]} is not among the trainers that are known: its network is taken for the usual one",
                       ExchangeWarning, stacklevel=5)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from segnb.checkpoints import load_checkpoint
-from segnb.exchange import ExchangeError, ExchangeWarning, _Weights, load_nnunet, load_nnunet_v1, load_nnunet_v2, read_pickle
+from segnb.exchange import ExchangeError, ExchangeWarning, _V1_KNOWN, _Weights, _v1_labels, load_nnunet, load_nnunet_v1, load_nnunet_v2, read_pickle
 from segnb.labels import Labels
 from segnb.planning import Plans
 from segnb.postprocessing import Postprocessing
@@ -190,6 +190,22 @@ def test_what_trainers_decide(folders, tmp_path, trainer, axes, options):
     assert load_checkpoint(made/'fold_0'/'checkpoint_final.pt')['mirror_axes'] == axes
     assert Plans.load(made/'plans.json').configuration('2d').network_options == options
     assert Predictor.from_folder(made, device='cpu').mirror_axes == tuple(axes)
+
+
+@pytest.mark.parametrize('trainer, regions', [('BraTSRegions', True), ('BraTSRegions_BN', False), ('BraTSRegions_DA3_BN', True), ('BraTSRegions_DA4_BN_BD', True),
+                                              ('BraTSRegions_Dice', True), ('_BN', False), ('_DA3_BN', False)])
+def test_trainers_of_regions_are_known_by_name(trainer, regions):
+    about = _v1_labels({'num_classes': 3}, f'nnUNetTrainerV2{trainer}', None, None)
+    assert ('regions_class_order' in about) == regions
+    assert _V1_KNOWN.fullmatch(f'nnUNetTrainerV2{trainer}')
+
+
+@pytest.mark.parametrize('trainer', ['nnUNetTrainerV2_LReLU_slope_2en1', 'nnUNetTrainerV2_ReLU_convReLUIN', 'nnUNetTrainerV2_lReLU_convReLUIN'])
+def test_networks_that_compute_otherwise_are_refused(folders, tmp_path, trainer):
+    [folder] = folders('v1_2d')
+    edited(folder, lambda info: info.update(name=trainer))
+    with pytest.raises(ExchangeError, match=f'computes otherwise.*{trainer}'): load_nnunet_v1(folder, tmp_path/'m')
+    assert not (tmp_path/'m').exists()
 
 
 def test_strangers_are_told(folders, tmp_path):
