@@ -620,7 +620,7 @@ def _pairs(images, labels, pattern, label_pattern, channels, unlabelled):
         rest = other = sorted({*rest} & {*other})
     if not found:
         seen = sorted(f.name for f in other if image_ending(f.name))
-        raise DatasetError('no image fits the pattern', file=images, found=f'{_count(len(seen), "file")}' + f', such as {seen[0]}' * bool(seen), expected=pattern,
+        raise DatasetError('no image fits the pattern', file=images, found=f'{_count(len(seen), "file")}' + (f', such as {seen[0]}' if seen else ''), expected=pattern,
                            fix='say how the files are called, such as pattern={case}.nii.gz')
     tokens = _tokens(channels, sorted({t for _, t in found if t is not None}), pattern)
     wrong = [f'several files for case {c}' + f', channel {t}' * (t is not None) + ': ' + ', '.join(f.name for f in fs)

@@ -14,7 +14,7 @@ import numpy as np
 from .cropping import CropBox, uncrop
 from .image import SegnbError, whole_file, write_image, write_label_map
 from .resampling import apply_along, nearest_index, resample_as, resample_image, sample_positions, separate_axis, spline_matrix
-from .transforms import _Kernel
+from .transforms import Kernel
 
 # %% ../nbs/63_export.ipynb #71bd4339
 class ExportError(SegnbError):
@@ -113,7 +113,7 @@ def _planes(probabilities, properties, labels=None):
     if z != depth: raise ExportError('slabs are missing', case=case, found=f'{z} planes', expected=depth)
 
 # %% ../nbs/63_export.ipynb #a493380f
-@_Kernel
+@Kernel
 def _widen(halves, bits, plane):
     for k in range(halves.shape[0]):
         for y in range(halves.shape[1]):
@@ -137,7 +137,7 @@ def _single(plane):
     return plane, bool(np.isfinite(plane.sum()))
 
 # %% ../nbs/63_export.ipynb #4b42ea04
-@_Kernel
+@Kernel
 def _turn(plane, turned, ahead, regions, start, stop):
     # rows of a (K, Y, X) plane: classes innermost, and who is ahead; of regions the last above one half, counted from 1
     n, _, width = plane.shape
@@ -158,7 +158,7 @@ def _turn(plane, turned, ahead, regions, start, stop):
                     best[x] = row[x] if better else best[x]
 
 # %% ../nbs/63_export.ipynb #6e003062
-@_Kernel
+@Kernel
 def _decide(a, b, ahead_a, ahead_b, t, y_taps, x_taps, table, out, regions, start, stop):
     # rows of a new plane between the planes a and b, (Y, X, K): `t` is the weight of b
     (y0, y1, ty), (x0, x1, tx) = y_taps, x_taps

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from .image import SegnbError
 from .mirroring import _check_mirror_axes, mirror_combinations
-from .transforms import _Kernel
+from .transforms import Kernel
 
 # %% ../nbs/62_sliding_window.ipynb #5dca7f2e
 def sliding_steps(
@@ -99,7 +99,7 @@ class _Windows:
         return np.divide(1, norm, out=norm)
 
 # %% ../nbs/62_sliding_window.ipynb #397fd8fe
-@_Kernel
+@Kernel
 def _exp(v):
     "e to the v for a float32 within 87 of zero, to six digits; beyond, the value at the end"
     v *= np.float32(1.44269504)
@@ -111,7 +111,7 @@ def _exp(v):
     return p*np.int32((np.float32(near).view(np.int32) << 23) + 0x3f800000).view(np.float32)
 
 # %% ../nbs/62_sliding_window.ipynb #166315c8
-@_Kernel
+@Kernel
 def _probabilities(logits, start, n, regions, p, s, top):
     "Of the n voxels from `start` on, logits (K, N): p (K, n), which still have to be divided by s (n)"
     n_outputs = len(logits)
@@ -133,7 +133,7 @@ def _probabilities(logits, start, n, regions, p, s, top):
             s[x] += to[x]
 
 # %% ../nbs/62_sliding_window.ipynb #c7203bfa
-@_Kernel
+@Kernel
 def _add_line(p, s, start, weight, inverse, total, place, y, x0, backwards, f):
     "Add one line of voxels, those of p from `start` on, to plane `place` of the ring; f is room for the factors"
     n, last = len(f), np.uintp(len(f) - 1) # unsigned: a negative index, which would count from the end, cannot occur
@@ -149,7 +149,7 @@ def _add_line(p, s, start, weight, inverse, total, place, y, x0, backwards, f):
         else:
             for x in range(n): to[x] += f[x]*one[x]
 
-@_Kernel
+@Kernel
 def _add_window(logits, weight, inverse, total, corner, flips, regions, first, last):
     "Add planes `first` to `last` of one window, logits (K, N) of a mirrored copy, to the ring `total` (K, depth, Y, X)"
     nz, ny, nx = weight.shape
@@ -167,7 +167,7 @@ def _add_window(logits, weight, inverse, total, corner, flips, regions, first, l
 # %% ../nbs/62_sliding_window.ipynb #c9e95c29
 AGGREGATES = 'probabilities', 'logits', 'logits_half' # what windows, mirrored copies and networks are averaged as
 
-@_Kernel
+@Kernel
 def _add_logits(logits, weight, inverse, total, corner, flips, regions, first, last):
     "What `_add_window` does, for logits as they are"
     nz, ny, nx = weight.shape

@@ -58,8 +58,6 @@ class Kernel:
     def fast(self): return _compile(self.function)
     def __call__(self, *args): return self.fast(*args)
 
-_Kernel = Kernel # its former name
-
 
 _FORCED = contextvars.ContextVar('torch_only', default=False)
 
