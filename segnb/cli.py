@@ -715,7 +715,10 @@ def _as_before(folder, options):
     from segnb.workers import read_json
     file = folder/'record.json'
     if not file.exists(): return options
+    from segnb.transfer import begun_with
     before = read_json(file)['runs'][-1]['settings']
+    if begun := begun_with(folder): # ended before its first save
+        options = begun | options | {'callbacks': (*begun['callbacks'], *options.get('callbacks', ()))}
     kept = {name: before[name] for name in TRAINER_OPTIONS if name in before and name != 'device' and before[name] is not None}
     if {'epochs', 'minutes'} & set(options): kept = {k: v for k, v in kept.items() if k not in ('epochs', 'minutes')}
     if frozen := read_json(file).get('transfer', {}).get('asked', {}).get('freeze_encoder'):
@@ -931,10 +934,10 @@ _RUNNING = ('part_id', 'num_parts', 'n_workers', 'save_probabilities', 'maps', '
 def _stored(model, wanted, say):
     "The post-processing to apply, as a function of label map and spacing; None for none"
     if wanted is False: return None
-    from segnb.postprocessing import Postprocessing
+    from segnb.regions import load_postprocessing
     file = Path(model)/'postprocessing.json' if wanted is True else Path(wanted)
     if wanted is True and not file.exists(): return None
-    rule = Postprocessing.load(file)
+    rule = load_postprocessing(file)
     say(f'post-processing of {file}: {rule.explain()}')
     return rule.apply
 
@@ -1186,12 +1189,16 @@ def postprocess(
     reference,              # Folder of reference label maps: preprocessed/TaskXXX/gt_segmentations
     folds=None,             # Numbers of the folds; None: all, and then they hold every case
     minimum_sizes:bool=False, # Spare pieces as large as the smallest that was kept anywhere
+    small_region=None,      # Decide also below which size a region is dropped: its name, or True for the innermost
     say=print,              # Where messages go
     **options,              # For `consolidate_folds`: n_workers, progress
 ):                          # `Postprocessing`, also written to the model folder
     "Decide by cross-validation which components to remove; raises `SegnbError`"
     from segnb.postprocessing import consolidate_folds
     decision = consolidate_folds(model, reference, folds=folds, minimum_sizes=minimum_sizes, **options)
+    if small_region:
+        from segnb.regions import decide_small_region
+        decision = decide_small_region(model, reference, None if small_region is True else small_region, folds=folds, n_workers=options.get('n_workers'))
     say(decision.explain())
     say(f'wrote {Path(model)/"cross_validation.json"} and postprocessing.json; segnb predict applies it')
     return decision
@@ -1206,6 +1213,8 @@ def _postprocess_arguments(p):
     _arguments(d, 'dataset', 'workspace', 'configuration', 'workers', 'quiet', 'json')
     d.add_argument('-f', '--folds', nargs='+', type=_count, default=None, help='folds to pool (default: all, and then every training case must be in one)')
     d.add_argument('--minimum-sizes', action='store_true', help='spare pieces that are as large as the smallest that was kept anywhere')
+    d.add_argument('--small-region', nargs='?', const=True, default=None, metavar='NAME',
+                   help='regions: decide also below how many voxels an innermost region is dropped (without NAME: the innermost of all)')
     d.set_defaults(run=_run_determine)
     k = ways.add_parser('apply', help='remove components from label maps',
                         description='Apply a postprocessing.json, of segnb or of nnU-Net v1, to a folder of label maps.')
@@ -1218,13 +1227,15 @@ def _postprocess_arguments(p):
 def _run_determine(a):
     from segnb.workers import read_json
     model = find_model(a.dataset, Path(a.workspace), a.configuration)
-    postprocess(model, find_preprocessed(a.dataset, Path(a.workspace))/'gt_segmentations', a.folds, a.minimum_sizes, n_workers=a.workers, progress=not a.quiet)
+    postprocess(model, find_preprocessed(a.dataset, Path(a.workspace))/'gt_segmentations', a.folds, a.minimum_sizes, a.small_region,
+                n_workers=a.workers, progress=not a.quiet)
     return {'model': model, 'postprocessing': read_json(model/'postprocessing.json')}
 
 def _run_apply(a):
     from segnb.postprocessing import apply_postprocessing
-    removed = apply_postprocessing(a.input, a.output, a.rule, n_workers=a.workers, progress=not a.quiet)
-    print(f"{len(removed)} label maps in {a.output}; voxels removed: {', '.join(f'{case} {n}' for case, n in removed.items() if n) or 'none'}")
+    from segnb.regions import load_postprocessing
+    removed = apply_postprocessing(a.input, a.output, load_postprocessing(a.rule), n_workers=a.workers, progress=not a.quiet)
+    print(f"{len(removed)} label maps in {a.output}; voxels changed: {', '.join(f'{case} {n}' for case, n in removed.items() if n) or 'none'}")
     return {'removed_voxels': removed}
 
 # %% ../nbs/90_cli.ipynb #bc18a0b0
@@ -1238,7 +1249,9 @@ def ensemble(
 )->dict:           # {case: label map file}
     "Average the probabilities of several folders and write label maps; raises `SegnbError`"
     from segnb.ensembling import ensemble_probabilities
+    from segnb.regions import load_postprocessing
     known = _labels(labels, out) if labels else None
+    if options.get('postprocessing'): options['postprocessing'] = load_postprocessing(options['postprocessing'])
     written = ensemble_probabilities(folders, out, labels=known, overwrite=overwrite, **options)
     say(f'{len(written)} label maps in {out}')
     return written

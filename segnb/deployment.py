@@ -340,13 +340,16 @@ def _pieces(
 
 def _keep_largest(
     labels, # (Z, Y, X) label map
-    rules,  # `postprocess` of pipeline.json: [{'labels': [1, 2], 'smaller_than_mm3': number or None}]
+    rules,  # `postprocess` of pipeline.json: [{'labels': [1, 2], 'smaller_than_mm3': number or None}, {'region': 3, 'fewer_than': 200, 'becomes': 2}]
     volume, # mm3 of a voxel
 ):
-    "Of each rule's labels keep the largest piece; smaller ones become background"
+    "Of each rule's labels keep the largest piece, smaller ones become background; a region of too few voxels becomes what is around it"
     for rule in rules:
-        mask = np.isin(labels, rule['labels'])
+        mask = np.isin(labels, rule['labels'] if 'labels' in rule else rule['region'])
         if not mask.any(): continue
+        if 'region' in rule:
+            if mask.sum() < rule['fewer_than']: labels[mask] = rule['becomes']
+            continue
         _, piece, voxels = np.unique(_pieces(mask), return_inverse=True, return_counts=True)
         drop = voxels < voxels.max()
         if rule['smaller_than_mm3'] is not None: drop &= voxels*volume < rule['smaller_than_mm3']
@@ -697,7 +700,9 @@ def _rules(rule):
     "Rules of a `Postprocessing` as the script reads them"
     entries = [tuple(int(v) for v in np.atleast_1d(w)) for w in rule.which]
     sizes = {tuple(int(v) for v in np.atleast_1d(k)): float(v) for k, v in (rule.min_sizes or {}).items()}
-    return [{'labels': list(e), 'smaller_than_mm3': sizes.get(e)} for e in entries]
+    small = getattr(rule, 'small', None) # of a `RegionPostprocessing`
+    return [{'labels': list(e), 'smaller_than_mm3': sizes.get(e)} for e in entries] + (
+        [{'region': small.value, 'fewer_than': small.min_voxels, 'becomes': small.replace_with}] if small else [])
 
 # %% ../nbs/86_deployment.ipynb #6400a166
 def _tools():
@@ -833,11 +838,11 @@ def export_onnx(
 # %% ../nbs/86_deployment.ipynb #3f039252
 def _predictor(model, folds, checkpoint, postprocessing):
     "The predictor of a model folder on the CPU, with the model's own post-processing; a predictor as it is"
-    from segnb.postprocessing import Postprocessing
     from segnb.prediction import Predictor
+    from segnb.regions import load_postprocessing
     if isinstance(model, Predictor): return model
     file = Path(model)/'postprocessing.json' if postprocessing is True else postprocessing and Path(postprocessing)
-    rule = Postprocessing.load(file) if file and (postprocessing is not True or file.exists()) else None
+    rule = load_postprocessing(file) if file and (postprocessing is not True or file.exists()) else None
     return Predictor.from_folder(model, folds, 'cpu', checkpoint, postprocess=rule)
 
 

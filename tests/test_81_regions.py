@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -482,3 +483,20 @@ def test_a_small_region_is_decided_by_all_folds_and_kept_with_the_model(validate
     assert done == {'c1': 0, 'c3': 3} and not (read_label_map(tmp_path/'out'/'c3.nii.gz')[0] == 3).any() and load_postprocessing(tmp_path/'out'/'postprocessing.json') == after
     with pytest.raises(RegionError, match='no region inside'): decide_small_region(model, reference, 'whole')
     with pytest.raises(SegnbError, match='fold'): decide_small_region(model, reference, folds=[5])
+
+
+def test_the_command_decides_and_applies_both(validated, tmp_path, capsys):
+    from segnb.cli import main as segnb
+    model, reference = validated
+    (tmp_path/'preprocessed'/'Task202').mkdir(parents=True)
+    shutil.copy(model/'dataset.json', tmp_path/'preprocessed'/'Task202'/'dataset.json')
+    for folder in (model, tmp_path/'preprocessed'/'Task202'): (folder/'plans.json').write_text('{}')
+    shutil.move(reference, tmp_path/'preprocessed'/'Task202'/'gt_segmentations')
+    assert segnb(['postprocess', 'determine', '202', '-w', str(tmp_path), '--small-region', 'enhancing', '-j', '0', '-q']) in (0, None)
+    assert 'fewer than' in capsys.readouterr().out
+    rule = load_postprocessing(model/'postprocessing.json')
+    assert isinstance(rule, RegionPostprocessing) and rule.small.value == 3
+    assert segnb(['postprocess', 'apply', str(model/'postprocessing.json'), '-i', str(model/'fold_1'/'validation'), '-o', str(tmp_path/'out'), '-j', '0', '-q']) in (0, None)
+    for case in ('c1', 'c3'):
+        said, made = (read_label_map(f/f'{case}.nii.gz')[0] for f in (model/'fold_1'/'validation', tmp_path/'out'))
+        assert np.array_equal(made, rule(said, (1, 1, 1)))

@@ -210,6 +210,14 @@ def test_pieces_and_holes_as_in_their_chapters(seed):
         assert np.array_equal(ours, keep_largest_component(labels, which))
 
 
+@pytest.mark.parametrize('size', [0, 5, 40, 1000])
+def test_a_small_region_after_the_pieces(size):
+    from segnb.regions import RegionPostprocessing, SmallRegion
+    labels = np.random.default_rng(size).choice(4, (6, 7, 8), p=[.5, .2, .2, .1]).astype(np.uint8)
+    rule = RegionPostprocessing(which=((1, 2, 3),), small=SmallRegion(3, 2, size))
+    assert np.array_equal(d._keep_largest(labels.copy(), d._rules(rule), 1.), rule(labels, (1, 1, 1)))
+
+
 @pytest.mark.parametrize('order', [0, 1, 2, 3])
 @pytest.mark.parametrize('axis', [None, 0, 2])
 def test_resampling_as_in_its_chapter(order, axis):

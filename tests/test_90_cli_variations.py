@@ -67,6 +67,11 @@ def test_a_training_begins_with_another_model_and_says_what_was_taken(ct, segnb,
     assert 'taken' in (folder/'log.txt').read_text(encoding='utf-8')
     succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--epochs', 2, '--no-validation', *FEW))   # goes on by itself
     refused(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--from', ct.model, *SHORT), '--from')
+    for file in folder.glob('checkpoint_*.pt'): file.unlink()                                          # as if killed before its first save
+    before = (folder/'log.txt').read_text(encoding='utf-8').count('taken')
+    succeeded(segnb('train', ct.raw.name, 0, '-w', work, '--continue', '--epochs', 1, '--no-validation', *FEW))
+    assert (folder/'log.txt').read_text(encoding='utf-8').count('taken') == 2*before > 0
+    assert json.loads((folder/'record.json').read_text(encoding='utf-8'))['transfer']['asked']['freeze_encoder'] == 1
 
 
 def test_options_of_a_start_need_a_start(ct, segnb):
