@@ -7,7 +7,7 @@ __all__ = ['CHECKPOINTS', 'CheckpointError', 'plain_state', 'save_checkpoint', '
            'newest_checkpoint', 'check_plan', 'plan_differences', 'fold_lock']
 
 # %% ../nbs/47_checkpoints.ipynb #b5e198ae
-import contextlib, json, os, shutil, socket, time, uuid, zipfile
+import contextlib, json, os, pickle, shutil, socket, time, uuid, zipfile
 from pathlib import Path
 import numpy as np
 import psutil
@@ -99,7 +99,9 @@ def load_checkpoint(
     damage = _damage(file)
     if damage: raise CheckpointError('the file is damaged', file=file, found=damage, fix='use another checkpoint of the folder')
     try: state = torch.load(file, map_location='cpu', weights_only=True)
-    except Exception as error: raise CheckpointError('the file is not a checkpoint that can be read safely', file=file, found=str(error).splitlines()[0]) from error
+    except Exception as error:
+        found = 'more than tensors and plain values' if isinstance(error, pickle.UnpicklingError) else str(error).splitlines()[0]
+        raise CheckpointError('the file is not a checkpoint that can be read safely', file=file, found=found) from error
     if not isinstance(state, dict) or not str(state.get('format', '')).startswith('segnb checkpoint'):
         raise CheckpointError('the file is not a segnb checkpoint', file=file, expected="a dictionary with 'format': 'segnb checkpoint 1'")
     if plans is not None: check_plan(state, plans, file)

@@ -27,9 +27,9 @@ def split_windows(
 )->torch.Tensor:    # (B * windows, voxels of a window, C)
     "Cut a grid into windows"
     axes, counts = len(window), [n // w for n, w in zip(x.shape[1:-1], window)]
-    x = x.reshape(len(x), *(size for pair in zip(counts, window) for size in pair), x.shape[-1])
+    x = x.reshape(x.shape[0], *(size for pair in zip(counts, window) for size in pair), x.shape[-1])
     order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
-    return x.permute(order).reshape(-1, int(torch.tensor(window).prod()), x.shape[-1])
+    return x.permute(order).reshape(-1, math.prod(window), x.shape[-1])
 
 def join_windows(
     parts:torch.Tensor, # As `split_windows` gives them
@@ -202,13 +202,8 @@ def check_network(
 # %% ../nbs/82_custom_network.ipynb #a2d7871c
 def _learnable(net):
     "The network, if it has numbers that can be learned; else `NetworkError`"
-    parameters = dict(net.named_parameters())
-    def first(test): return next((name for name, p in parameters.items() if test(p)), None)
-    if name := first(lambda p: isinstance(p, nn.parameter.UninitializedParameter)):
-        raise NetworkError('a parameter has no size yet', found=name, expected='all sizes, before anything is asked of the network',
-                           fix='say the numbers of channels; nn.Lazy... learns them from a patch')
-    if name := first(lambda p: p.is_meta): raise NetworkError('a parameter has no numbers', found=f'{name} on the device meta', expected='a network on the CPU')
-    if not first(lambda p: p.requires_grad):
+    parameters = [*net.parameters()]
+    if not any(p.requires_grad for p in parameters):
         raise NetworkError('nothing of the network can be trained', found=f'{len(parameters)} parameters, none of which asks for a gradient')
     return net
 

@@ -527,7 +527,7 @@ def find_factory(
     in_file = where.endswith('.py')
     if in_file and not Path(where).is_file(): raise NetworkError('the file of the network is not there', file=Path(where).absolute())
     try: module = _load_file(where) if in_file else importlib.import_module(where)
-    except Exception as error:
+    except (Exception, SystemExit) as error: # a script may end itself
         problem, fix = (("the network's file cannot be run", 'repair it') if in_file else
                         ("the network's module cannot be imported", f"install it, or name its file: '{where.replace('.', '/')}.py:{inner}'"))
         raise NetworkError(problem, file=where, found=f'{type(error).__name__}: {error}', fix=fix) from error
@@ -685,6 +685,12 @@ def make_network(
         raise NetworkError(f'{called} cannot build the network', found=f'{type(error).__name__}: {error}', expected=wanted) from error
     if not isinstance(network, nn.Module):
         raise NetworkError(f'{called} does not give a network', found=f'a {type(network).__name__}', expected='a torch.nn.Module')
+    for name, p in network.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise NetworkError('a parameter has no size yet', found=name, expected='all sizes, before anything is asked of the network',
+                               fix='say the numbers of channels; nn.Lazy... learns them from a patch')
+        if p.is_meta and torch.get_default_device().type != 'meta':
+            raise NetworkError('a parameter has no numbers', found=f'{name} on the device meta', expected='a network on the CPU')
     return network
 
 # %% ../nbs/50_network.ipynb #191ffc43

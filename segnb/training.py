@@ -246,6 +246,8 @@ def _set_up(t):
     if t.n_workers is None: t.n_workers = 1 if t.torch_device.type == 'cpu' else default_workers()
     t.folder = t.model/f'fold_{t.fold}'
     t.factory, t.channels_asked = find_factory(t.network) if isinstance(t.network, str) else t.network, t.channels_last
+    if t.network_options is not None and not isinstance(t.network_options, dict):
+        raise TrainingError('the network options are no names with values', found=repr(t.network_options), expected="a dict, such as {'dropout': 0.1}")
     if t.network_options: t.factory = functools.partial(t.factory, **t.network_options)
     _check_cases(t)
     _reset(t)

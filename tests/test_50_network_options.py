@@ -2,7 +2,7 @@
 from types import SimpleNamespace
 import pytest, torch
 from torch import nn
-from segnb.network import NetworkError, build_network, build_residual_unet, build_unet
+from segnb.network import NetworkError, build_network, build_residual_unet, build_unet, find_factory, make_network
 
 def plan(axes=3, levels=3, **more):
     return SimpleNamespace(base_num_features=8, max_num_features=16, pool_op_kernel_sizes=[[2]*axes]*(levels - 1), conv_kernel_sizes=[[3]*axes]*levels, **more)
@@ -86,3 +86,14 @@ def test_starting_weights_layer_by_layer(make):
 def test_architecture_of_the_plan_chooses():
     assert type(build_network(plan(architecture='residual'), 1, 2)).__name__ == 'ResidualUNet'
     assert build_network(plan(), 2, 3, deep_supervision=False)(torch.randn(1, 2, 8, 8, 8)).shape == (1, 3, 8, 8, 8)
+
+
+@pytest.mark.parametrize('build, words', [(lambda c, i, n, deep_supervision: torch.nn.LazyConv3d(n, 1), 'no size yet; found weight'),
+                                          (lambda c, i, n, deep_supervision: torch.nn.Conv3d(i, n, 1, device='meta'), 'no numbers; found weight on the device meta')])
+def test_networks_without_numbers_are_refused(build, words):
+    with pytest.raises(NetworkError, match=words): make_network(build, None, 1, 2)
+
+
+def test_a_file_that_ends_itself_is_refused(tmp_path):
+    (tmp_path/'net.py').write_text('import sys\nsys.exit(3)\n')
+    with pytest.raises(NetworkError, match='cannot be run; found SystemExit: 3'): find_factory(f'{tmp_path}/net.py:build')
