@@ -21,7 +21,7 @@ from .dataset import Case, Dataset, Description
 from .image import Geometry, SegnbError, write_image, write_label_map
 from .labels import Labels
 from .planning import Plans
-from .prediction import PredictionError, Predictor, _cases_of, _fingerprint
+from .prediction import PredictionError, Predictor, _fingerprint, cases_to_predict
 from .preprocessing import (_damages, _source, load_preprocessed, preprocess_dataset, preprocessing_identity, previous_from_probabilities,
                                  save_previous, verify_preprocessed)
 from .samples import blob, smooth_field
@@ -527,7 +527,7 @@ class _Work:
     def do_preprocess(self, state):
         if self.dataset is None:
             raise CascadeError(f'{state.node.configuration} is not preprocessed', file=self.preprocessed/state.node.configuration, found=state.reason,
-                               fix=f'segnb preprocess DATASET -c {state.node.configuration}, or give dataset=')
+                               fix=f'segnb preprocess DATASET -c {state.node.configuration}; from Python, dataset= names the raw files')
         plans, workers = Plans.load(self.preprocessed/'plans.json'), self.settings(state.node.configuration).get('n_workers')
         preprocess_dataset(self.dataset, plans, self.preprocessed, [state.node.configuration], workers, say=self.say)
 
@@ -688,7 +688,7 @@ def predict_folder(self:CascadePredictor,
 )->list:                       # Label map files of the second stage
     "Segment every case of a folder through both stages; a failing case is named at the end and the others go on; raises `PredictionError`"
     first_out = Path(out)/f'{self.first.configuration.name}_predictions' if first_out is None else Path(first_out)
-    cases = dict(list(_cases_of(source, self.plans, file_ending).items())[part_id::num_parts])
+    cases = dict(list(cases_to_predict(source, self.plans, file_ending).items())[part_id::num_parts])
     how, failed = dict(file_ending=file_ending, overwrite=overwrite, progress=progress, n_workers=n_workers), {}
     for stage, folder, more in ((self.first, first_out, {}), (self.second, out, {'previous': first_out, **kept})):
         todo = {case: files for case, files in cases.items() if case not in failed}

@@ -494,8 +494,6 @@ def cases_to_predict(
     if words: warnings.warn(words, PredictionWarning, stacklevel=4)
     return cases
 
-_cases_of = cases_to_predict # its former name
-
 # %% ../nbs/64_prediction.ipynb #8a6af772
 @patch
 def _jobs(self:Predictor, source, out, file_ending, previous, part_id, num_parts):
