@@ -4,7 +4,7 @@
 but the passes, one window at a time as the peers do it. `null*`: the network returns stored zeros at once, so that the bookkeeping is
 left: 25 classes, (1, 160, 256, 256), 150 windows. `segnb` returns all probabilities; `segnb_slabs` hands them over slab by slab, as the
 export takes them, and decides on a label map. nnU-Net v2 and MONAI add up logits, segnb probabilities: it counts an exponential for
-every class and voxel more. `added_mb` is what the call adds to the memory of the process.
+every class and voxel more; `segnb_logits` leaves that out, as for models of v2. `added_mb` is what the call adds to the memory of the process.
 MONAI runs where the peers' environment has it (`pip install --no-deps monai==1.5.1`).
 """
 import os
@@ -72,14 +72,14 @@ def added(work):
     return {**found, 'added_mb': round(found['peak_mb'] - before)}
 
 
-def ours(net, shape, classes, mirror=False, slabs=False):
+def ours(net, shape, classes, mirror=False, slabs=False, aggregate='probabilities'):
     import torch
     from segnb.sliding_window import predict_sliding_window, sliding_window_slabs
     x, axes = image(shape), (0, 1, 2) if mirror else ()
     def labels():
         out = np.empty(shape, np.uint8)
-        for start, p in sliding_window_slabs(net, x, PATCH, classes, mirror_axes=axes): out[start:start + p.shape[1]] = torch.from_numpy(p).argmax(0)
-    return added(labels if slabs else lambda: predict_sliding_window(net, x, PATCH, classes, mirror_axes=axes))
+        for start, p in sliding_window_slabs(net, x, PATCH, classes, mirror_axes=axes, aggregate=aggregate): out[start:start + p.shape[1]] = torch.from_numpy(p).argmax(0)
+    return added(labels if slabs else lambda: predict_sliding_window(net, x, PATCH, classes, mirror_axes=axes, aggregate=aggregate))
 
 
 def v2(net, shape, classes, mirror=False):
@@ -126,6 +126,7 @@ for mirror in (False, True):
     mark(group, 'nnunetv2', 1.), mark(group, 'monai', 1.)
 entry('null_25_classes', 'segnb')(lambda: ours(null(), LARGE, 25))
 entry('null_25_classes', 'segnb_slabs')(lambda: ours(null(), LARGE, 25, slabs=True))
+entry('null_25_classes', 'segnb_logits')(lambda: ours(null(), LARGE, 25, aggregate='logits'))
 entry('null_25_classes', 'nnunetv2', 'peers')(lambda: v2(null(), LARGE, 25))
 entry('null_25_classes', 'monai', 'peers')(lambda: monai(null(), LARGE, 25))
 mark('null_25_classes', 'monai', 1.), mark('null_25_classes', 'monai', 2., 'added_mb', 'segnb_slabs')
