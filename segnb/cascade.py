@@ -325,7 +325,7 @@ def _weights(checkpoint):
 
 def _epochs(folder):
     "Epochs that a training has done, by its log"
-    return len((folder/'log.jsonl').read_text().splitlines()) if (folder/'log.jsonl').exists() else 0
+    return len((folder/'log.jsonl').read_text(encoding='utf-8').splitlines()) if (folder/'log.jsonl').exists() else 0
 
 # %% ../nbs/80_cascade.ipynb #78842d44
 @patch
