@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 import torch
 import torch.distributed as dist
+import torch.distributed.nn # later, its functions would keep the group that they find: its threads outlive it then, and may abort the process
 from .image import SegnbError
 
 # %% ../nbs/46_distributed.ipynb #d201c462

@@ -109,3 +109,27 @@ def test_parcels_keep_order_type_and_size():
     tensors = [torch.zeros(n, dtype=t) for n, t in ((10, torch.float32), (10, torch.float32), (10, torch.float64), (1000, torch.float32), (1, torch.float32))]
     parts = list(_parcels(tensors, 100))
     assert [t for part in parts for t in part] == tensors and [len(p) for p in parts] == [2, 1, 1, 1] and not list(_parcels([], 100))
+
+
+ALONE = '''
+import sys, torch
+from pathlib import Path
+from segnb.distributed import start_world
+with start_world('cpu') as world:
+    rank = world.rank
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    torch.optim.SGD([p], .1).step()                          # imports what keeps the group, if it comes after it
+    torch.distributed.all_reduce(torch.ones(5))
+    inside = [f.read_text() for f in Path('/proc/self/task').glob('*/comm')]
+after = [f.read_text() for f in Path('/proc/self/task').glob('*/comm')]
+(Path(sys.argv[1])/f'{rank}.txt').write_text(f"{any('gloo' in name for name in inside)} {any('gloo' in name for name in after)}")
+'''
+
+
+@pytest.mark.skipif(not Path('/proc/self/task').exists(), reason='threads are looked up in /proc')
+def test_no_thread_of_the_group_outlives_it(tmp_path):
+    (tmp_path/'run.py').write_text(ALONE)
+    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2', str(tmp_path/'run.py'), str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [(tmp_path/f'{rank}.txt').read_text() for rank in (0, 1)] == ['True False']*2
