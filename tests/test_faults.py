@@ -116,7 +116,7 @@ def test_data_spoiled_after_planning(segnb, raw, own, fault):
 def test_raw_data_that_moved_away(segnb, own):
     edited = json.loads((own.preprocessed/'dataset.json').read_text()) | {'source': '/nowhere/Task201_TinyCT'}
     (own.preprocessed/'dataset.json').write_text(json.dumps(edited))
-    refused(segnb('preprocess', own.name, '-w', own.workspace), '/nowhere/Task201_TinyCT', 'not there', 'segnb plan')
+    refused(segnb('preprocess', own.name, '-w', own.workspace), '/nowhere/Task201_TinyCT', 'which is gone', 'segnb plan')
 
 
 def test_a_killed_worker_is_named_and_a_second_run_completes(segnb, own, monkeypatch):
@@ -273,7 +273,7 @@ def test_an_empty_prediction_folder(segnb, ct, tmp_path):
     (lambda out: (out/'ct_001.nii.gz').rename(out/'ct_009.nii.gz'), ['no prediction for ct_001', 'no reference for ct_009']),
     (lambda out: shutil.copy(out/'ct_000.nii.gz', out/'ct_001.nii.gz'), ['ct_001', 'different grids', 'resample']),
     (lambda out: cut(out/'ct_001.nii.gz'), ['ct_001', 'cut short']),
-    (lambda out: shutil.rmtree(out), ['not a folder'])], ids=['missing', 'another case', 'another grid', 'cut short', 'no folder'])
+    (lambda out: shutil.rmtree(out), ['out is not there', 'folder of predicted label maps'])], ids=['missing', 'another case', 'another grid', 'cut short', 'no folder'])
 def test_folders_that_do_not_match(segnb, ct, tmp_path, spoil, words):
     out = shutil.copytree(ct.raw/'labelsTr', tmp_path/'out')
     spoil(out)
